@@ -1,0 +1,96 @@
+"""An audit: a list of probes on one model; the failure of one probe does not lose the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from palimpsest.audit.answers import prepare
+from palimpsest.audit.reading import Reading
+from palimpsest.data.records import Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.system import Probe, catalogue, create
+
+TOFU_BATTERY = ("answer-probability", "rouge-recall", "truth-ratio", "forget-quality", "model-utility")
+"""What TOFU reports."""
+
+STANDARD_BATTERY = (
+    *TOFU_BATTERY,
+    "extraction-strength",
+    "exact-memorisation",
+    "verbatim-memory",
+    "knowledge-memory",
+    "privleak",
+    "membership",
+    "perplexity",
+    "relearning",
+    "text-health",
+)
+"""Every probe of an erasure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The readings of one model, and the probes that failed with their reasons."""
+
+    readings: tuple[Reading, ...]
+    failures: tuple[dict[str, str], ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        """The first value of that name among all readings."""
+        for reading in self.readings:
+            for value in reading.values:
+                if value.name == name:
+                    return value
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"readings": [reading.to_dict() for reading in self.readings], "failures": list(self.failures)}
+
+
+def probes(chosen: Iterable[str | Probe] | None = None, max_new_tokens: int | None = None) -> list[Probe]:
+    """The probes meant by names or instances; all of the standard battery where none is named.
+
+    `max_new_tokens` shortens the answers of probes that generate as TOFU does, and makes them share the generations.
+    """
+    made = []
+    for item in STANDARD_BATTERY if chosen is None else chosen:
+        probe = create(item) if isinstance(item, str) else item
+        if not isinstance(probe, Probe):
+            raise PalimpsestError(f"{item} is not a probe. Probes: {', '.join(_probe_slugs())}.")
+        if max_new_tokens is not None and probe.facts.slug in ("rouge-recall", "model-utility", "text-health"):
+            probe = dataclasses.replace(probe, max_new_tokens=max_new_tokens)  # type: ignore[type-var]
+        made.append(probe)
+    return made
+
+
+def _probe_slugs() -> list[str]:
+    return [slug for slug, facts in catalogue().items() if facts.verb == "audit"]
+
+
+def audit(
+    model: Model,
+    data: Roles,
+    probes_: Sequence[Probe] | None = None,
+    run: Run | None = None,
+    gold: Model | None = None,
+) -> Audit:
+    """The readings of all probes on one model, with gold as the reference of those that compare."""
+    run = run or Run()
+    chosen = probes() if probes_ is None else probes_
+    readings, failures = [], []
+    prepare(model, data, run)
+    for probe in chosen:
+        start = time.perf_counter()
+        try:
+            reading = probe.measure(model, data, run, gold=gold)
+        except (PalimpsestError, RuntimeError, ArithmeticError, LookupError) as error:
+            failures.append({"probe": probe.facts.slug, "error": f"{error}"})
+            continue
+        readings.append(dataclasses.replace(reading, seconds=time.perf_counter() - start))
+    return Audit(tuple(readings), tuple(failures))

@@ -1,0 +1,64 @@
+"""Forget quality: can a statistical test tell the model from one that never saw the forget set?
+
+Two-sample Kolmogorov-Smirnov test between the truth ratios of the model and of the gold model on the forget set. A
+p-value of 0.05 or more means: not told apart, at this sample size. It punishes over-forgetting as well. The p-value
+falls with n for the same difference, so n stands beside it, and its logarithm has a floor that n alone decides.
+
+Source: TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2.3; scipy's exact method.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from palimpsest.audit.answers import with_wrong
+from palimpsest.audit.reading import Reading, Value
+from palimpsest.audit.truth_ratio import ratios
+from palimpsest.data.records import Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.system import Probe, system
+
+
+def forget_quality(ratio: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
+    """KS distance and p-value between two samples of truth ratios, exact method."""
+    from scipy.stats import ks_2samp
+
+    result = ks_2samp(ratio, gold, method="exact")
+    return float(result.statistic), float(result.pvalue)
+
+
+@system(
+    "forget-quality",
+    verb="audit",
+    title="Forget quality (Kolmogorov-Smirnov against gold)",
+    paper="Maini et al. 2024 (arXiv 2401.06121)",
+    needs={"forget"},
+)
+class ForgetQuality(Probe):
+    """The p-value of a test that asks whether the model can be told from gold on the forget set."""
+
+    def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
+        """`forget_quality` (p), `log10_forget_quality` and `ks_distance`."""
+        if gold is None:
+            raise PalimpsestError("forget quality compares with a model that never saw the forget set; pass gold.")
+        records = with_wrong(data.probe("forget"))
+        if not records:
+            raise PalimpsestError('no forget record has wrong answers; forget quality needs the field "wrong".')
+        r, r_gold = ratios(model, records, run), ratios(gold, records, run)
+        distance, p = forget_quality(r, r_gold)
+        n = len(records)
+        caveats = (f"forget quality rests on {n} examples: the test has little power",) if n < 20 else ()
+        return Reading(
+            probe=self.facts.slug,
+            values=(
+                Value(name="forget_quality", value=p, n=n, better="higher"),
+                Value(name="log10_forget_quality", value=math.log10(max(p, 1e-300)), n=n, better="higher"),
+                Value(name="ks_distance", value=distance, n=n, better="lower"),
+            ),
+            arrays={"truth_ratio": r.tolist(), "truth_ratio_gold": r_gold.tolist()},
+            caveats=caveats,
+        )

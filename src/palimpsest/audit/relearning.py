@@ -1,0 +1,103 @@
+"""The relearning attack: fine-tune on a few forget records and see how fast the knowledge comes back.
+
+Suppressed knowledge returns in a few steps; knowledge that is gone is learned as slowly as by a model that never had
+it. The erased model and gold are fine-tuned identically on a part of the forget set and measured on the rest of it, so
+that what counts is what comes back by itself, not what is taught again.
+
+Source: OpenUnlearning (Dorna et al. 2025, arXiv 2506.12618), robustness as defined there; the card's definition was
+recalled, the symbols are ours.
+
+    m_before, m_after   mean answer probability on the untaught forget records
+    robustness          min(1, (m_after - m_before)_gold / (m_after - m_before)_model); 1: no faster than gold
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from palimpsest.audit.answer_probability import probabilities
+from palimpsest.audit.reading import Reading, Value
+from palimpsest.data.records import Record, Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.system import Probe, setting, system
+from palimpsest.train import Training, schedule, train
+
+
+def robustness(gain_gold: float, gain: float) -> float:
+    """min(1, gold's gain over the model's); 1 where the model gains nothing."""
+    return 1.0 if gain <= max(gain_gold, 1e-9) else max(0.0, gain_gold) / gain
+
+
+@system(
+    "relearning",
+    verb="audit",
+    title="Relearning attack",
+    paper="Dorna et al. 2025 (arXiv 2506.12618)",
+    needs={"forget"},
+    fidelity="adapted",
+    deviations=("measured on forget records that the attack does not train on",),
+)
+class Relearning(Probe):
+    """How fast the untaught forget records return when a part of the forget set is learned again."""
+
+    share: float = setting(0.2, above=0, below=1, origin="card: 10-20 %", help="share of the forget set that is taught")
+    points: int = setting(4, at_least=1, origin="ours", help="how often the curve is measured")
+    training: Training = setting(
+        Training(learning_rate=5e-5, epochs=8, batch_size=4, warmup_epochs=0.0, decay="constant"),
+        origin="ours",
+        help="how the attacker trains",
+    )
+
+    def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
+        """`robustness`, and the curve as arrays `steps` and `probability` (and `probability_gold`)."""
+        if gold is None:
+            raise PalimpsestError(
+                "the relearning attack compares with a model that never saw the forget set; pass gold."
+            )
+        forget = data.require("forget", by=self.facts.slug)
+        taught = max(1, round(self.share * len(forget)))
+        if taught >= len(forget):
+            raise PalimpsestError(f"the relearning attack needs at least 2 forget records (found {len(forget)}).")
+        chosen = np.random.default_rng(run.seed).permutation(len(forget))
+        teach, rest = [forget[i] for i in chosen[:taught]], [forget[i] for i in sorted(chosen[taught:])]
+        steps, curve = self._curve(model, teach, rest, run)
+        _, curve_gold = self._curve(gold, teach, rest, run) if gold is not model else (steps, curve)
+        r = robustness(curve_gold[-1] - curve_gold[0], curve[-1] - curve[0])
+        value = Value(name="robustness", value=r, n=len(rest), better="higher")
+        returned = Value(name="relearned/forget", value=curve[-1], n=len(rest), better="gold")
+        return Reading(
+            probe=self.facts.slug,
+            values=(value, returned),
+            arrays={"steps": steps, "probability": curve, "probability_gold": curve_gold},
+        )
+
+    def _curve(self, model: Model, teach: list[Record], rest: list[Record], run: Run) -> tuple[list[int], list[float]]:
+        known = run.cache.setdefault(("relearning", model.digest(), self, run.seed, len(rest)), {})
+        if not known:
+            plan = schedule(model, self.training, run, teach=teach)
+            total = len(plan.steps)
+            due = sorted({round(total * (i + 1) / self.points) for i in range(self.points)} - {0})
+            steps, curve = [0], [float(probabilities(model, rest, run).mean())]
+
+            def look(step: int, student: Model) -> bool:
+                if step in due:
+                    steps.append(step)
+                    quiet = Run(seed=run.seed, progress=False)
+                    curve.append(float(probabilities(student, rest, quiet).mean()))
+                    student.network.train()
+                return False
+
+            apart = run.replace(in_place=False, folder=None)
+            train(
+                model,
+                plan,
+                lambda batch: batch.teach.cross_entropy,
+                self.training,
+                apart,
+                stop=look,
+                label="relearning",
+            )
+            known.update(steps=steps, curve=curve)
+        return known["steps"], known["curve"]

@@ -1,0 +1,272 @@
+"""Records from files and from the hub: JSON lines, Parquet, text and public datasets, under the usual column names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from palimpsest.data.records import FIELDS, Record
+from palimpsest.errors import PalimpsestError, nearest
+
+FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt")
+SYNONYMS = {
+    "prompt": ("question", "instruction", "input"),
+    "answer": ("response", "completion", "output", "target"),
+    "paraphrase": ("paraphrased_answer",),
+    "wrong": ("perturbed_answer",),
+    "paraphrased_prompt": ("paraphrased_question",),
+    "subject": ("name", "author", "person"),
+}
+TEXT_FIELDS = {"text", "prompt", "answer", "subject", "paraphrase", "paraphrased_prompt"}
+Row = Mapping[str, Any]
+Located = tuple[str, Row]
+
+
+def load_records(
+    source: str | Path,
+    *,
+    fields: Mapping[str, str] | None = None,
+    split: str = "train",
+    config: str | None = None,
+) -> list[Record]:
+    """The records in a file (JSON lines, JSON, Parquet, text), in a folder of `.txt` files, or in a hub dataset.
+
+    `fields` maps fields of a record to columns, as in `{"answer": "response"}`; the usual synonyms (`question`,
+    `instruction`, `output`, ...) are known without it. A text file is cut into paragraphs at blank lines, a folder
+    gives one record a file. `split` and `config` (the dataset's configuration) only concern the hub.
+    """
+    fields = dict(fields or {})
+    for field in fields:
+        if field not in FIELDS:
+            raise PalimpsestError(f'a record has no field "{field}" (given in fields=). {nearest(field, FIELDS)}')
+    rows = list(_rows(source, split, config))
+    if not rows:
+        raise PalimpsestError(f"{_label(source)}: no records in it. Check that this is the right file or split.")
+    _check_columns(rows, fields, _label(source))
+    records = [_record(row, fields, where) for where, row in rows]
+    return records
+
+
+def write_records(records: Iterable[Record], path: str | Path) -> None:
+    """Writes records as JSON lines, from which `load_records` makes the same records again."""
+    lines = []
+    for number, record in enumerate(records, start=1):
+        if record.image is not None:
+            raise PalimpsestError(f"record {number} has an image, which JSON lines cannot hold. Save it as Parquet.")
+        row = {name: value for name, value in dataclasses.asdict(record).items() if value not in (None, ())}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _rows(source: str | Path, split: str, config: str | None) -> Iterator[Located]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _text_folder(path)
+    if not path.is_file():
+        if _is_hub_name(source):
+            return _hub(str(source), split, config)
+        raise _not_found(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.suffix not in FILE_TYPES:
+        raise PalimpsestError(f'{path.name}: unknown file type "{path.suffix}". Known: {", ".join(FILE_TYPES)}.')
+    content = _read(path)
+    if not content.strip():
+        raise PalimpsestError(f"{path.name}: the file is empty.")
+    if path.suffix == ".txt":
+        paragraphs = (part.strip() for part in re.split(r"\n\s*\n", content))
+        return ((f"{path.name}, paragraph {n}", {"text": part}) for n, part in enumerate(paragraphs, start=1) if part)
+    if path.suffix == ".json" and content.lstrip().startswith("["):
+        return _json_list(content, path.name)
+    return _json_lines(content, path.name)
+
+
+def _json_lines(content: str, name: str) -> Iterator[Located]:
+    # Not splitlines(), which also cuts at characters that JSON allows inside a text, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                problem = f"({error.msg}, column {error.colno})"
+                raise PalimpsestError(f"{where}: not valid JSON {problem}.") from None
+            yield where, _object(row, where)
+
+
+def _json_list(content: str, name: str) -> Iterator[Located]:
+    try:
+        rows = json.loads(content)
+    except json.JSONDecodeError as error:
+        problem = f"({error.msg}, column {error.colno})"
+        raise PalimpsestError(f"{name}, line {error.lineno}: not valid JSON {problem}.") from None
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}, record {number}"
+        yield where, _object(row, where)
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise PalimpsestError(f'{where}: must be an object such as {{"prompt": ..., "answer": ...}}, not {_kind(row)}.')
+    return row
+
+
+def _parquet(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise PalimpsestError(f"{path.name}: not a readable Parquet file ({_first_line(error)}).") from None
+    # Through a Dataset, which decodes images as the hub does.
+    return ((f"{path.name}, record {number}", row) for number, row in enumerate(Dataset(table), start=1))
+
+
+def _text_folder(folder: Path) -> Iterator[Located]:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        found = sorted({path.suffix or path.name for path in folder.iterdir()})
+        raise PalimpsestError(
+            f"{folder.name}: no .txt files in this folder (found: {', '.join(found) or 'nothing'}). "
+            "Name a single file for the other formats."
+        )
+    for path in files:
+        content = _read(path).strip()
+        if not content:
+            raise PalimpsestError(f"{folder.name}/{path.name}: the file is empty.")
+        yield f"{folder.name}/{path.name}", {"text": content}
+
+
+def _hub(name: str, split: str, config: str | None) -> Iterator[Located]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise PalimpsestError(
+            f"{name}: neither a file or folder here nor a dataset that the hub can give us ({_first_line(error)})."
+        ) from error
+    return ((f"{name}, record {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _is_hub_name(source: str | Path) -> bool:
+    name = str(source)
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not name.endswith(FILE_TYPES)
+
+
+def _not_found(path: Path) -> PalimpsestError:
+    if not path.parent.is_dir():
+        return PalimpsestError(f"{path}: the folder {path.parent} does not exist.")
+    neighbours = [other.name for other in path.parent.iterdir() if other.is_dir() or other.suffix in FILE_TYPES]
+    hint = nearest(path.name, neighbours) if neighbours else "The folder has no file of a known type."
+    return PalimpsestError(f"{path}: no such file. {hint}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PalimpsestError(f"{path.name}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from None
+
+
+def _check_columns(rows: list[Located], fields: Mapping[str, str], label: str) -> None:
+    columns = {column for _, row in rows for column in row}
+    for field, column in fields.items():
+        if column not in columns:
+            raise PalimpsestError(
+                f'{label}: no record has the column "{column}" (given for "{field}"). {nearest(column, columns)}'
+            )
+
+
+def _record(row: Row, fields: Mapping[str, str], where: str) -> Record:
+    columns = _columns(row, fields)
+    values = {field: row[column] for field, column in columns.items()}
+    # Alpaca's layout: an instruction, and the input that it is about.
+    if columns.get("prompt") == "instruction" and "input" not in columns.values() and row.get("input"):
+        values["prompt"] = f"{values['prompt']}\n\n{row['input']}"
+    for field, value in values.items():
+        _check_value(field, value, columns[field], where)
+    _check_complete(row, values, set(columns.values()), where)
+    return Record(**values)
+
+
+def _columns(row: Row, fields: Mapping[str, str]) -> dict[str, str]:
+    """Which column of the row each field comes from; columns without a value count as absent."""
+    present = [column for column, value in row.items() if value is not None]
+    chosen = {field: column for field, column in fields.items() if column in present}
+    for field in sorted(FIELDS - set(fields)):
+        for column in (field, *SYNONYMS.get(field, ())):
+            if column in present and column not in fields.values():
+                chosen[field] = column
+                break
+    return chosen
+
+
+def _check_value(field: str, value: Any, column: str, where: str) -> None:
+    if field in TEXT_FIELDS:
+        expected, right = "text", isinstance(value, str)
+    elif field == "wrong":
+        expected, right = "a list of texts", _is_list(value) and all(isinstance(item, str) for item in value)
+    elif field == "messages":
+        expected = 'a list of {"role": text, "content": text}'
+        right = _is_list(value) and bool(value) and all(_is_message(item) for item in value)
+    elif field == "label":
+        expected, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+    else:
+        return
+    named = f'field "{field}"' + (f' (column "{column}")' if column != field else "")
+    if not right:
+        raise PalimpsestError(f"{where}: {named} must be {expected}, not {_kind(value)}: {_short(value)}.")
+    if field in ("prompt", "answer", "text") and not value.strip():
+        raise PalimpsestError(f"{where}: {named} is empty. Fill it in, or remove the record.")
+
+
+def _check_complete(row: Row, values: Row, used: set[str], where: str) -> None:
+    if "prompt" in values or "answer" in values:
+        missing = [field for field in ("prompt", "answer") if field not in values]
+    else:
+        missing = [] if {"text", "messages", "image"} & set(values) else ["text"]
+    if not missing:
+        return
+    free = [column for column, value in row.items() if column not in used and isinstance(value, str)]
+    remedy = f'Rename it, or pass fields={{"{missing[0]}": "{free[0]}"}}.' if free else "Add it."
+    found = ", ".join(row) or "nothing"
+    raise PalimpsestError(f'{where}: field "{missing[0]}" is missing (found: {found}). {remedy}')
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and all(isinstance(item.get(part), str) for part in ("role", "content"))
+
+
+def _kind(value: Any) -> str:
+    if _is_list(value):
+        return "a list"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), "nothing" if value is None else f"a {type(value).__name__}")
+
+
+def _short(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=repr)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def _label(source: str | Path) -> str:
+    path = Path(source)
+    return path.name if path.exists() else str(source)

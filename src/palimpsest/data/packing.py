@@ -1,0 +1,209 @@
+"""Many token sequences as one row without padding, and every shared beginning computed once.
+
+The sequences are merged into a trie: a token that several of them have in common, with the same tokens before it, is
+one node. A node attends to its ancestors only and has its depth as its position, so each sequence is computed exactly as
+if it stood alone. A chat template in front of every question, and a question in front of its seven candidate answers,
+are paid for once. The row goes to the model with a 4-D mask, and logits are asked for only where a target is scored.
+
+    tokens     [nodes]         one token a node, parents before children
+    positions  [nodes]         depth
+    mask       [nodes, nodes]  0 where column is an ancestor of row (or itself), else the lowest float
+    at         [targets]       the node that predicts each scored target
+    here       [targets]       the node of the target itself
+    targets    [targets]       the token it should predict
+    owner      [targets]       which of the given sequences the target belongs to
+
+Models whose layers carry a state along the row (recurrent mixers) cannot take a mask; for them `pad` gives one row a
+sequence, padded on the right, with the same three target arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from palimpsest.data.encoding import Encoded
+
+Pack = Callable[[Sequence[Encoded]], "Packed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Model inputs for some sequences, and where their targets are predicted."""
+
+    tokens: Int[Tensor, "rows width"]
+    positions: Int[Tensor, "rows width"]
+    mask: Tensor
+    row: Int[Tensor, " targets"]
+    at: Int[Tensor, " targets"]
+    here: Int[Tensor, " targets"]
+    targets: Int[Tensor, " targets"]
+    owner: Int[Tensor, " targets"]
+    sequences: int
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on a device."""
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for a transformers model."""
+        return {
+            "input_ids": self.tokens,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "use_cache": False,
+        }
+
+    def target_logits(self, network: Any, **keywords: Any) -> Float[Tensor, "targets vocabulary"]:
+        """One forward pass; the float32 logits that predict each target, computed nowhere else in the row."""
+        keep, place = torch.unique(self.at, return_inverse=True)
+        logits = network(**self.inputs(), logits_to_keep=keep, **keywords).logits
+        return logits[self.row, place].float()
+
+    def counts(self) -> Float[Tensor, " sequences"]:
+        """How many targets each sequence has."""
+        return torch.bincount(self.owner, minlength=self.sequences).to(torch.float32)
+
+    def per_sequence(self, values: Float[Tensor, " targets"]) -> Float[Tensor, " sequences"]:
+        """Sums of a number per target over the targets of each sequence."""
+        return values.new_zeros(self.sequences).index_add(0, self.owner, values)
+
+
+def pack(sequences: Sequence[Encoded]) -> Packed:
+    """The trie of the sequences as one row."""
+    tokens: list[int] = []
+    depth: list[int] = []
+    child: dict[tuple[int, int], int] = {}
+    paths: list[np.ndarray] = []
+    for sequence in sequences:
+        node, path = -1, np.empty(len(sequence.tokens), dtype=np.int64)
+        for position, token in enumerate(sequence.tokens):
+            key = (node, token)
+            if key not in child:
+                child[key] = len(tokens)
+                tokens.append(token)
+                depth.append(position)
+            node = path[position] = child[key]
+        paths.append(path)
+    width = len(tokens)
+    visible = np.zeros((width, width), dtype=bool)
+    for path in paths:
+        visible[path[:, None], path[None, :]] |= np.tri(len(path), dtype=bool)
+    mask = torch.full((width, width), torch.finfo(torch.float32).min)
+    mask[torch.from_numpy(visible)] = 0.0
+    at = np.concatenate([path[s.start - 1 : -1] for s, path in zip(sequences, paths, strict=True)])
+    here = np.concatenate([path[s.start :] for s, path in zip(sequences, paths, strict=True)])
+    targets, owner = _targets(sequences)
+    return Packed(
+        tokens=torch.tensor([tokens]),
+        positions=torch.tensor([depth]),
+        mask=mask[None, None],
+        row=torch.zeros(len(at), dtype=torch.long),
+        at=torch.from_numpy(at),
+        here=torch.from_numpy(here),
+        targets=targets,
+        owner=owner,
+        sequences=len(sequences),
+    )
+
+
+def pad(sequences: Sequence[Encoded]) -> Packed:
+    """One row a sequence, padded on the right with its own last token, which the mask hides."""
+    width = max(len(sequence.tokens) for sequence in sequences)
+    tokens = torch.tensor([[*s.tokens, *[s.tokens[-1]] * (width - len(s.tokens))] for s in sequences])
+    lengths = torch.tensor([len(sequence.tokens) for sequence in sequences])
+    targets, owner = _targets(sequences)
+    at = np.concatenate([np.arange(s.start - 1, len(s.tokens) - 1) for s in sequences])
+    return Packed(
+        tokens=tokens,
+        positions=torch.arange(width).expand(len(sequences), width),
+        mask=(torch.arange(width) < lengths[:, None]).long(),
+        row=owner,
+        at=torch.from_numpy(at),
+        here=torch.from_numpy(at + 1),
+        targets=targets,
+        owner=owner,
+        sequences=len(sequences),
+    )
+
+
+def _targets(sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    targets = torch.tensor([token for sequence in sequences for token in sequence.targets])
+    counts = torch.tensor([len(sequence.targets) for sequence in sequences])
+    return targets, torch.arange(len(sequences)).repeat_interleave(counts)
+
+
+def packer(network: Any) -> Pack:
+    """`pack` where the network computes packed sequences exactly as single ones (tried on two short ones), else `pad`."""
+    known = getattr(network, "_palimpsest_packs", None)
+    if known is None:
+        known = _packs_exactly(network)
+        network._palimpsest_packs = known
+    return pack if known else pad
+
+
+@torch.no_grad()
+def _packs_exactly(network: Any) -> bool:
+    size = network.config.get_text_config().vocab_size
+    first = Encoded(tuple((7 * i + 1) % size for i in range(6)), 1)
+    second = Encoded((*first.tokens[:3], *((5 * i + 2) % size for i in range(4))), 1)
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    try:
+        together = pack([first, second]).to(device).target_logits(network)
+        apart = torch.cat([pad([s]).to(device).target_logits(network) for s in (first, second)])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    finally:
+        network.train(training)
+    return bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max())))
+
+
+def rows(sequences: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
+    """Positions of the sequences in groups of about `budget` distinct tokens, similar beginnings and lengths together.
+
+    Sorting brings sequences with a common beginning side by side; a shared beginning is counted once.
+    """
+    order = sorted(
+        range(len(sequences)), key=lambda i: (sequences[i].tokens[: sequences[i].start], len(sequences[i].tokens))
+    )
+    group: list[int] = []
+    spent = 0
+    previous: tuple[int, ...] = ()
+    for i in order:
+        tokens = sequences[i].tokens
+        new = len(tokens) - _common(previous, tokens)
+        if group and spent + new > budget:
+            yield group
+            group, spent, new = [], 0, len(tokens)
+        group.append(i)
+        spent += new
+        previous = tokens
+    if group:
+        yield group
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def padding_waste(groups: Sequence[Sequence[Encoded]]) -> float:
+    """Share of positions that hold padding when each group is padded to its longest sequence."""
+    used = sum(len(s.tokens) for group in groups for s in group)
+    held = sum(len(group) * max(len(s.tokens) for s in group) for group in groups)
+    return 1 - used / held

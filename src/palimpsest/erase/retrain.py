@@ -1,0 +1,51 @@
+"""Retraining: the gold model, which learned everything but the forget set.
+
+The only exact erasure, and the reference for every other: start again from the model before it learned, and repeat the
+learning on the retain set. Use it where the cost can be paid, and for audits.
+
+The start and the recipe come from the ledger of the given model, whose last entry must be a `finetune`; or name them.
+"""
+
+from __future__ import annotations
+
+from palimpsest.data.records import Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.system import Method, setting, system
+from palimpsest.train import Training
+from palimpsest.write.finetune import Finetune
+
+
+@system(
+    "retrain",
+    verb="erase",
+    title="Retraining without the forget set (gold)",
+    paper="",
+    takes="causal-lm",
+    needs={"retain"},
+    uses={"forget"},
+    fidelity="exact",
+)
+class Retrain(Method):
+    """Repeats the fine-tuning of the ledger on the retain set, from where it started."""
+
+    base: str | None = setting(None, origin="the ledger", help="model before it learned; None: the ledger's source")
+    training: Training | None = setting(None, origin="the ledger", help="how it learned; None: as the ledger says")
+
+    def apply(self, model: Model, data: Roles, run: Run) -> Model:
+        """The model that never saw the forget set."""
+        from palimpsest.models.loading import load
+
+        learned = [entry for entry in model.ledger.entries if entry.method == "finetune"]
+        source = self.base or model.ledger.source
+        if not source or (self.training is None and not learned):
+            raise PalimpsestError(
+                "retrain: the ledger does not say how this model learned. Name the start with base and training."
+            )
+        if len(model.ledger.entries) > 1 and self.base is None:
+            others = ", ".join(entry.method for entry in model.ledger.entries)
+            raise PalimpsestError(f"retrain: more than one thing was done to this model ({others}). Name the base.")
+        training = self.training or Training(**learned[-1].settings["training"])
+        start = load(source)
+        return Finetune(training=training).apply(start, Roles(train=data.retain), run.replace(in_place=True))

@@ -1,0 +1,86 @@
+"""What holds for every method: inputs are checked before any work, the seed is set, the ledger says what was done."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from palimpsest import __version__
+from palimpsest.errors import PalimpsestError
+from palimpsest.ledger import Entry
+from palimpsest.run import Run, stopwatch
+from palimpsest.system import Facts, slug_of, to_dict
+
+if TYPE_CHECKING:
+    from palimpsest.data.records import Roles
+    from palimpsest.models.model import Model
+
+Apply = Callable[..., Any]
+
+
+def guarded_apply(apply: Apply) -> Apply:
+    """`apply` with the checks before it and the ledger entry after it."""
+
+    @functools.wraps(apply)
+    def guarded(self: Any, model: Model, data: Roles, run: Run | None = None) -> Model:
+        run = run or Run()
+        check_inputs(self.facts, slug_of(self), model, data)
+        before = model.digest()
+        history = model.ledger
+        with stopwatch() as cost, run.seeded():
+            result = apply(self, model, data, run)
+        entry = Entry(
+            method=slug_of(self),
+            settings=to_dict(self),
+            seed=run.seed,
+            version=__version__,
+            data={role: digest for role, digest in data.digest().items() if role in self.facts.needs | self.facts.uses},
+            weights_before=before,
+            weights_after=result.digest(),
+            seconds=cost["seconds"],
+            peak_bytes=cost["peak_bytes"],
+        )
+        result.ledger = history.add(entry)
+        result.network.eval()
+        return result
+
+    return guarded
+
+
+def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
+    """Raises one sentence where the model is of the wrong kind, a role is missing or empty, or roles overlap."""
+    from palimpsest.data.records import check_disjoint
+
+    check_kind(facts, slug, model)
+    for role in sorted(facts.needs):
+        data.require(role, by=slug)
+    for role in sorted(facts.uses):
+        if role in data and not data[role]:
+            raise PalimpsestError(f"the {role} set is empty. Leave the role out, or fill it.")
+    if facts.verb == "erase" and "forget" in data and "retain" in data:
+        check_disjoint(data["forget"], data["retain"], ("forget", "retain"))
+
+
+def check_kind(facts: Facts, slug: str, model: Model) -> None:
+    """Raises where the system does not take this kind of model, naming those that do."""
+    kind = kind_of(model)
+    if facts.takes == "none" or kind in facts.takes or (facts.takes == "causal-lm" and kind == "mixture-of-experts"):
+        return
+    from palimpsest.system import catalogue
+
+    fitting = [s for s, other in catalogue().items() if other.verb == facts.verb and kind in other.takes]
+    raise PalimpsestError(
+        f"{slug} takes a {facts.takes}, but {type(model.network).__name__} is a {kind}. "
+        f"Systems of this verb for a {kind}: {', '.join(fitting) or 'none'}."
+    )
+
+
+def kind_of(model: Model) -> str:
+    """`classifier`, `mixture-of-experts` or `causal-lm`."""
+    name = type(model.network).__name__
+    if "Classification" in name:
+        return "classifier"
+    config = model.network.config
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return "mixture-of-experts" if any(getattr(config, field, 0) for field in experts) else "causal-lm"

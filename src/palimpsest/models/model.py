@@ -1,0 +1,123 @@
+"""A model as this library hands it around: a transformers network, its tokenizer or processor, and its ledger."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.errors import PalimpsestError
+from palimpsest.ledger import FILE, Ledger, saved_weights_digest, weights_digest
+
+
+class Model:
+    """A network with what belongs to it. `forward`, `generate` and `save_pretrained` are the network's own."""
+
+    def __init__(self, network: Any, processor: Any = None, ledger: Ledger | None = None) -> None:
+        self.network = network
+        self.processor = processor
+        self.ledger = ledger if ledger is not None else Ledger(source=getattr(network.config, "_name_or_path", ""))
+
+    def __repr__(self) -> str:
+        done = ", ".join(entry.method for entry in self.ledger.entries) or "as loaded"
+        return f"Model({type(self.network).__name__}, {self.parameters:,} parameters, {done})"
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; a model without one raises."""
+        if self.processor is None:
+            raise PalimpsestError(
+                f"{type(self.network).__name__} has no tokenizer. Pass one: Model(network, tokenizer)."
+            )
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the network has, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> Model:
+        """The same model with its weights moved."""
+        self.network.to(device)
+        return self
+
+    def copy(self) -> Model:
+        """A model of its own with equal weights and the same history."""
+        return Model(copy.deepcopy(self.network), self.processor, self.ledger)
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        return self.network(*inputs, **keywords)
+
+    forward = __call__
+
+    def generate(self, *inputs: Any, **keywords: Any) -> Any:
+        """The network's `generate`."""
+        return self.network.generate(*inputs, **keywords)
+
+    def answer(self, questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """The greedy answer to each question, asked through the chat template where the tokenizer has one."""
+        from palimpsest.models.generation import greedy_answers
+        from palimpsest.run import Run
+
+        return greedy_answers(self, questions, Run(progress=False), max_new_tokens=max_new_tokens)
+
+    def digest(self) -> str:
+        """SHA-256 of the weights in memory; computed again only after they changed."""
+        version = tuple((p.data_ptr(), p._version) for p in self.network.parameters())
+        if getattr(self, "_digest", (None, ""))[0] != version:
+            self._digest = (version, weights_digest(self.network.state_dict()))
+        return self._digest[1]
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Saves weights, tokenizer and ledger; the folder is complete or, where anything fails, as it was before.
+
+        A folder that already holds a model is refused unless `overwrite`.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise PalimpsestError(f"{folder} is a file, expected a folder.")
+        if folder.exists() and any(folder.iterdir()) and not overwrite:
+            raise PalimpsestError(f"{folder} already holds files. Choose another folder, or say overwrite.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            self.network.save_pretrained(staging, safe_serialization=True)
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            sealed = self.ledger.to_dict(saved_weights_digest(staging))
+            (staging / FILE).write_text(json.dumps(sealed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _swap(staging, folder)
+        except OSError as error:
+            raise PalimpsestError(
+                f"saving to {folder} failed ({error.strerror or error}); what was there is intact."
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    """Puts the finished folder in place; the old one is set aside first and removed last."""
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    aside = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+    os.replace(folder, aside)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

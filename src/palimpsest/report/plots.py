@@ -1,0 +1,274 @@
+"""Plots as inline SVG: colours are CSS variables of the page, so that one drawing serves light, dark and print."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.patches
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from palimpsest.report.groups import Comparison, Group
+
+METHOD_COLOURS = 8
+MARKERS = "osD^vPX<"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
+SIZE = (5.2, 3.9)
+FLOOR = 1e-300
+
+# matplotlib wants real colours; each stands for a CSS variable and is swapped in the finished SVG.
+_INK, _MUTED, _RULE, _PAPER, _BEFORE, _GOLD, _HEAT = (f"#0102{i:02x}" for i in range(1, 8))
+_METHODS = [f"#0103{i:02x}" for i in range(1, METHOD_COLOURS + 1)]
+_VARIABLES = {
+    _INK: "--ink",
+    _MUTED: "--muted",
+    _RULE: "--rule",
+    _PAPER: "--paper",
+    _BEFORE: "--before",
+    _GOLD: "--gold",
+    _HEAT: "--heat",
+    **{colour: f"--m{i}" for i, colour in enumerate(_METHODS)},
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _MUTED,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "text.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.unicode_minus": True,
+}
+
+
+def styles(sides: Comparison) -> dict[str, tuple[str, str]]:
+    """CSS variable and marker of every model, the same in all plots and in the table."""
+    found = {}
+    changing = [group for group in sides.all() if group.part in ("erased", "control")]
+    for number, group in enumerate(changing):
+        found[group.name] = (f"--m{number % METHOD_COLOURS}", MARKERS[number % len(MARKERS)])
+    for group, variable, marker in ((sides.before, "--before", "s"), (sides.gold, "--gold", "*")):
+        if group is not None:
+            found[group.name] = (variable, marker)
+    return found
+
+
+def plane(sides: Comparison, y: str, label: str) -> str | None:
+    """Forgetting against utility, every model marked and named; None where fewer than two models have both."""
+    points = []
+    for group in sides.all():
+        across, up = group.get("model_utility"), group.get(y)
+        height = math.log10(max(up.value, FLOOR)) if up and y == "forget_quality" else up.value if up else None
+        if y == "forget_quality" and group is sides.gold:
+            height = 0.0
+        if across is not None and height is not None:
+            points.append((group, across.value, height))
+    if len(points) < 2:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("model utility (higher keeps more)", label)
+        drawn = styles(sides)
+        for group, across, height in points:
+            style = _drawing(group, drawn)
+            size = 150 if group is sides.gold else 62
+            axes.scatter(
+                [across], [height], s=size, color=style["color"], marker=style["marker"], zorder=3, linewidths=0
+            )
+        axes.margins(0.14, 0.16)
+        if y == "forget_quality":
+            axes.axhline(math.log10(0.05), color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+            axes.annotate(
+                "above: not told from gold",
+                (0, math.log10(0.05)),
+                xycoords=("axes fraction", "data"),
+                xytext=(2, -11),
+                textcoords="offset points",
+                fontsize=9,
+                color=_MUTED,
+            )
+        else:
+            axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]))
+        label_points(axes, [(across, height, group.title) for group, across, height in points])
+        words = "; ".join(
+            f"{group.title}: utility {across:.2f}, {label} {height:.2f}" for group, across, height in points
+        )
+        return to_svg(figure, f"Forgetting against utility. {words}.", f"plane-{y}")
+
+
+def truth_ratios(sides: Comparison) -> str | None:
+    """The distribution of the truth ratio over the erased questions, each model's against gold's."""
+    chosen = [(group, group.arrays("truth_ratio/forget")) for group in sides.all()]
+    chosen = [(group, arrays) for group, arrays in chosen if arrays]
+    if not chosen:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(
+            "truth ratio of an erased question (right of 1: prefers wrong answers)", "share of questions"
+        )
+        words = []
+        for group, arrays in chosen:
+            ratios = np.sort(np.clip(np.concatenate(arrays), 1e-12, None))
+            _line(axes, group, sides, ratios, np.arange(1, len(ratios) + 1) / len(ratios), drawstyle="steps-post")
+            words.append(f"{group.title}: median {np.median(ratios):.2g}")
+        axes.axvline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.02)
+        _legend(axes)
+        return to_svg(figure, f"Cumulative distribution of the truth ratio. {'; '.join(words)}.", "truth")
+
+
+def relearning(sides: Comparison) -> str | None:
+    """How fast the erased answers come back when a model is taught a few of them again."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("training steps on a few erased records", "probability of the erased answers")
+        words = []
+        for group in sides.all():
+            steps, curves = group.arrays("steps", "relearning"), group.arrays("probability", "relearning")
+            length = min((len(array) for array in (*steps, *curves)), default=0)
+            if not steps or len(steps) != len(curves) or not length:
+                continue
+            mean = np.mean([curve[:length] for curve in curves], axis=0)
+            _line(axes, group, sides, steps[0][:length], mean, markersize=3.5)
+            words.append(f"{group.title}: from {mean[0]:.2f} to {mean[-1]:.2f}")
+        if not words:
+            return None
+        axes.set_ylim(0, 1.02)
+        _legend(axes)
+        return to_svg(figure, f"Relearning curves. {'; '.join(words)}.", "relearning")
+
+
+def heat_strip(group: Group, limit: float) -> str | None:
+    """The relative norm of the change of every layer, parts as rows; `limit` is full colour in all strips of a page."""
+    weights = group.first.weights
+    if weights is None or not weights.norms:
+        return None
+    layers = sorted({norm.layer for norm in weights.norms}, key=_natural)
+    parts = list(dict.fromkeys(norm.part for norm in weights.norms))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 0.62 + 0.26 * len(parts)), layout="constrained")
+        axes = figure.add_subplot()
+        for norm in weights.norms:
+            share = min(max(norm.relative / limit, 0.0), 1.0) if limit > 0 and math.isfinite(norm.relative) else 0.0
+            corner = (layers.index(norm.layer) + 0.04, parts.index(norm.part) + 0.08)
+            cell = matplotlib.patches.Rectangle(corner, 0.92, 0.84, facecolor=_RULE, alpha=0.45, linewidth=0)
+            axes.add_patch(cell)
+            axes.add_patch(matplotlib.patches.Rectangle(corner, 0.92, 0.84, facecolor=_HEAT, alpha=share, linewidth=0))
+        axes.set(xlim=(0, len(layers)), ylim=(len(parts), 0), xlabel="layer")
+        axes.set_yticks(np.arange(len(parts)) + 0.5, parts)
+        every = max(1, math.ceil(len(layers) / 12))
+        axes.set_xticks(np.arange(0, len(layers), every) + 0.5, layers[::every])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        top = max(weights.norms, key=lambda norm: norm.relative)
+        text = f"{group.title}: change per layer; the largest is {100 * top.relative:.2g} % in {top.part} of layer {top.layer}."
+        return to_svg(figure, text, f"heat-{group.name}")
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], fontsize: float = 10) -> list[Any]:
+    """The labels of the points, placed beside them so that none covers another or a point."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    frame, scale = axes.get_window_extent(), figure.dpi / 72
+    centres = [axes.transData.transform(point[:2]) for point in points]
+    taken = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in centres]
+    placed: list[Any] = []
+    for (across, height, name), (x, y) in zip(points, centres, strict=True):
+        text = axes.annotate(
+            name, (across, height), xytext=(0, 0), textcoords="offset points", fontsize=fontsize, zorder=4
+        )
+        extent = text.get_window_extent()
+        best, least = (0.0, 0.0), math.inf
+        for distance in (9, 14, 20, 28, 38, 50):
+            for angle in range(0, 360, 30):
+                dx, dy = (distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle)))
+                # Anchored by the side that faces the point.
+                left = x + dx * scale - extent.width * (1 - math.cos(math.radians(angle))) / 2
+                low = y + dy * scale - extent.height * (1 - math.sin(math.radians(angle))) / 2
+                box = (left, low, left + extent.width, low + extent.height)
+                outside = max(0.0, frame.x0 - box[0], box[2] - frame.x1) + max(
+                    0.0, frame.y0 - box[1], box[3] - frame.y1
+                )
+                cost = sum(_overlap(box, other) for other in taken) + 50 * outside + distance + (angle % 90) / 30
+                if cost < least:
+                    best, least, chosen = ((left - x) / scale, (low - y) / scale), cost, box
+        text.set_position(best)
+        taken.append(chosen)
+        placed.append(text)
+    return placed
+
+
+def to_svg(figure: Figure, description: str, name: str) -> str:
+    """The figure as an accessible `<svg>` element without ids to clash, namespaces or outside references."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True)
+    svg = stream.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = svg.replace("xlink:href", "href")
+    used = set(re.findall(r"#([\w-]+)[\")]", svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda found: found.group(0) if found.group(1) in used else "", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    view = re.search(r'viewBox="[^"]+"', svg)
+    label = html.escape(description, quote=True)
+    opening = f'<svg class="plot" {view.group(0) if view else ""} role="img" aria-label="{label}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
+
+
+def _axes(across: str, up: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(across, labelpad=6)
+    axes.set_title(up, loc="left", color=_MUTED, fontsize=10.5, pad=10)
+    axes.grid(color=_RULE, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def _drawing(group: Group, drawn: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    variable, marker = drawn[group.name]
+    return {"color": next(colour for colour, name in _VARIABLES.items() if name == variable), "marker": marker}
+
+
+def _line(axes: Axes, group: Group, sides: Comparison, x: Any, y: Any, **options: Any) -> None:
+    style = _drawing(group, styles(sides))
+    methods = [other.name for other in sides.all() if other.part in ("erased", "control")]
+    dash = DASHES[methods.index(group.name) % len(DASHES)] if group.name in methods else "-"
+    if "markersize" not in options:
+        style.pop("marker")
+    width = 3.2 if group is sides.gold else 2.0
+    axes.plot(x, y, label=group.title, linewidth=width, linestyle=dash, solid_capstyle="round", **style, **options)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=2.4, borderaxespad=0.2)
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    return 1000 + width * height if width > 0 and height > 0 else 0.0
+
+
+def _natural(text: str) -> tuple[int, int, str]:
+    return (0, int(text), "") if text.isdigit() else (1, 0, text)

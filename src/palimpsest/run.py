@@ -1,0 +1,162 @@
+"""One run: seed, device, precision, progress, working folder, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from palimpsest.errors import PalimpsestError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """How work is carried out, as opposed to what is done.
+
+    `folder` holds checkpoints of long work; with `resume`, work that was killed goes on from its last one. `in_place`
+    allows a method to change the model it was given, which saves a copy of the weights. `cache` carries what several
+    probes share (token log-probabilities, generations) and lives as long as the run.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = "auto"
+    folder: Path | None = None
+    resume: bool = True
+    progress: bool = True
+    in_place: bool = False
+    checkpoint_seconds: float = 120.0
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self.folder = Path(self.folder)
+        if self.seed < 0:
+            raise PalimpsestError(f"seed is {self.seed}, expected 0 or more.")
+
+    def replace(self, **changes: Any) -> Run:
+        """A copy with some fields changed, sharing the cache."""
+        return dataclasses.replace(self, **changes)
+
+    def torch_device(self) -> torch.device:
+        """The device that is meant: `auto` is the accelerator where there is one."""
+        import torch
+
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def generator(self, salt: int = 0) -> torch.Generator:
+        """A CPU random generator that depends on the seed and `salt` only."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Global random state set from the seed inside, and put back afterwards."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """The items, with a progress bar that shows an estimate of the time left."""
+        if total is None:
+            total = len(items) if hasattr(items, "__len__") else None
+        with self.bar(label, total) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+    @contextmanager
+    def bar(self, label: str, total: int | None) -> Iterator[Any]:
+        """A progress bar; yields `advance(steps, note="")`."""
+        if not self.progress:
+            yield lambda steps=1, note="": None
+            return
+        if not console().is_terminal:
+            with _line_per_minute(label, total) as advance:
+                yield advance
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console()) as progress:
+            task = progress.add_task(label, total=total, note="")
+
+            def advance(steps: int = 1, note: str = "") -> None:
+                progress.update(task, advance=steps, note=note)
+
+            yield advance
+
+
+@contextmanager
+def _line_per_minute(label: str, total: int | None, every: float = 30.0) -> Iterator[Any]:
+    """Progress for logs and pipes, where a bar cannot be redrawn: a line now and then, and one at the end."""
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            left = f", about {(now - start) / done * (total - done):.0f} s left" if total and done else ""
+            console().print(f"{label}: {done}/{total or '?'} in {now - start:.0f} s{left} {note}", highlight=False)
+
+    yield advance
+    if time.monotonic() - start >= every:
+        console().print(f"{label}: done in {time.monotonic() - start:.0f} s", highlight=False)
+
+
+def console() -> Any:
+    """The console for progress and messages: standard error, so that standard output stays clean for results."""
+    from rich.console import Console
+
+    global _CONSOLE
+    if _CONSOLE is None:
+        _CONSOLE = Console(stderr=True)
+    return _CONSOLE
+
+
+_CONSOLE: Any = None
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Seconds and peak memory (bytes of this process's resident set) of the block, filled in at its end."""
+    import resource
+
+    cost: dict[str, float] = {}
+    start = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        cost["seconds"] = time.perf_counter() - start
+        cost["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
