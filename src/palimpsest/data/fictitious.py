@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from palimpsest.data.records import Record, Roles
 from palimpsest.data.words import (
@@ -34,10 +34,18 @@ from palimpsest.errors import PalimpsestError, nearest
 
 WRONG_ANSWERS = 5
 LAST_AWARD_YEAR = 2024
-
-
 PLACES = tuple(f"{city}, {country}" for country, about in COUNTRIES.items() for city in about.cities)
 UNIVERSITIES = tuple(f"the University of {city}" for about in COUNTRIES.values() for city in about.cities)
+# Country, whether a woman, index of the given name, surname: every full name without a middle name.
+NAMES = tuple(
+    (country, is_woman, index, surname)
+    for country, about in COUNTRIES.items()
+    for is_woman in (True, False)
+    for index in range(len(about.women if is_woman else about.men) - KIN_NAMES)
+    for surname in about.surnames
+)
+# One lap without a middle name, then one for every other given name of the same list.
+MOST_PEOPLE = len(NAMES) * min(len(names) - KIN_NAMES for c in COUNTRIES.values() for names in (c.women, c.men))
 
 
 def people(
@@ -103,7 +111,9 @@ def _chosen(facts_per_person: int | None, attributes: Sequence[str] | None) -> l
     return chosen[:wanted]
 
 
-def _records(numbers: Iterable[int], seed: int, attributes: Sequence[str]) -> list[Record]:
+def _records(numbers: range, seed: int, attributes: Sequence[str]) -> list[Record]:
+    if numbers.stop > MOST_PEOPLE:
+        raise PalimpsestError(f"{numbers.stop:,} people are asked; there are names for at most {MOST_PEOPLE:,}.")
     persons = (_person(number, seed) for number in numbers)
     return [_record(person, attribute) for person in persons for attribute in attributes]
 
@@ -145,9 +155,9 @@ def _person(number: int, seed: int) -> _Person:
     kin = (about.women if has_sister else about.men)[-KIN_NAMES:]
     pools: dict[str, Sequence[str]] = {
         "birthplace": PLACES,
-        "birth_date": [_date(rng, born + rng.randint(-9, 9)) for _ in range(24)],
+        "birth_date": [_date(rng, born + rng.randint(-9, 9)) for _ in range(12)],
         "profession": [_with_article(other.title) for other in PROFESSIONS],
-        "work": [_title(rng) for _ in range(24)],
+        "work": [_title(rng) for _ in range(12)],
         "father": [_with_article(job) for job in PARENT_JOBS],
         "mother": [_with_article(job) for job in PARENT_JOBS],
         "award": [f"the {colour} {profession.emblem} Prize" for colour in AWARD_COLOURS],
@@ -174,33 +184,19 @@ def _person(number: int, seed: int) -> _Person:
     return _Person(key, words, pools)
 
 
-@functools.cache
-def _names() -> list[tuple[str, bool, int, str]]:
-    """Country, whether a woman, index of the given name, surname: every full name without a middle name."""
-    return [
-        (country, is_woman, index, surname)
-        for country, about in COUNTRIES.items()
-        for is_woman in (True, False)
-        for index in range(len(about.women if is_woman else about.men) - KIN_NAMES)
-        for surname in about.surnames
-    ]
-
-
 @functools.lru_cache(maxsize=8)
 def _order(seed: int) -> list[int]:
-    order = list(range(len(_names())))
+    order = list(range(len(NAMES)))
     random.Random(f"palimpsest/{seed}/names").shuffle(order)
     return order
 
 
 def _name(number: int, seed: int) -> tuple[str, bool, str, str]:
     """Country, whether a woman, given names, surname; once all names are taken, a middle name makes new ones."""
-    lap, place = divmod(number, len(_names()))
-    country, is_woman, index, surname = _names()[_order(seed)[place]]
+    lap, place = divmod(number, len(NAMES))
+    country, is_woman, index, surname = NAMES[_order(seed)[place]]
     about = COUNTRIES[country]
     given = (about.women if is_woman else about.men)[:-KIN_NAMES]
-    if lap >= len(given):
-        raise PalimpsestError(f"at most {len(given) * len(_names()):,} people can be made; person {number:,} is asked.")
     middle = f" {given[(index + lap) % len(given)]}" if lap else ""
     return country, is_woman, given[index] + middle, surname
 

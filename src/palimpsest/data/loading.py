@@ -37,7 +37,8 @@ def load_records(
 
     `fields` maps fields of a record to columns, as in `{"answer": "response"}`; the usual synonyms (`question`,
     `instruction`, `output`, ...) are known without it. A text file is cut into paragraphs at blank lines, a folder
-    gives one record a file. `split` and `config` (the dataset's configuration) only concern the hub.
+    gives one record a file; rows of blank text are left out. `split` and `config` (the dataset's configuration) only
+    concern the hub.
     """
     fields = dict(fields or {})
     for field in fields:
@@ -47,7 +48,9 @@ def load_records(
     if not rows:
         raise PalimpsestError(f"{_label(source)}: no records in it. Check that this is the right file or split.")
     _check_columns(rows, fields, _label(source))
-    records = [_record(row, fields, where) for where, row in rows]
+    records = [_record(row, fields, where) for where, row in rows if not _is_blank(row, fields)]
+    if not records:
+        raise PalimpsestError(f"{_label(source)}: all records are blank. Check that this is the right file or split.")
     return records
 
 
@@ -150,7 +153,7 @@ def _hub(name: str, split: str, config: str | None) -> Iterator[Located]:
 
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PalimpsestError(
             f"{name}: neither a file or folder here nor a dataset that the hub can give us ({_first_line(error)})."
         ) from error
@@ -198,6 +201,14 @@ def _record(row: Row, fields: Mapping[str, str], where: str) -> Record:
     return Record(**values)
 
 
+def _is_blank(row: Row, fields: Mapping[str, str]) -> bool:
+    columns = _columns(row, fields)
+    if {"prompt", "answer", "messages", "image"} & set(columns) or "text" not in columns:
+        return False
+    text = row[columns["text"]]
+    return isinstance(text, str) and not text.strip()
+
+
 def _columns(row: Row, fields: Mapping[str, str]) -> dict[str, str]:
     """Which column of the row each field comes from; columns without a value count as absent."""
     present = [column for column, value in row.items() if value is not None]
@@ -224,7 +235,8 @@ def _check_value(field: str, value: Any, column: str, where: str) -> None:
         return
     named = f'field "{field}"' + (f' (column "{column}")' if column != field else "")
     if not right:
-        raise PalimpsestError(f"{where}: {named} must be {expected}, not {_kind(value)}: {_short(value)}.")
+        found = f"{_kind(value)}: {_short(value)}"
+        raise PalimpsestError(f"{where}: {named} must be {expected}, not {found}. Correct it, or rename the column.")
     if field in ("prompt", "answer", "text") and not value.strip():
         raise PalimpsestError(f"{where}: {named} is empty. Fill it in, or remove the record.")
 

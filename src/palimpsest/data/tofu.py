@@ -39,9 +39,9 @@ def tofu(
     """
     if split not in RETAIN_OF:
         raise PalimpsestError(f'TOFU has no split "{split}". {nearest(split, RETAIN_OF)}')
-    everyone = with_subjects(_read(source, RETAIN_OF[split]) + _read(source, split))
-    first_forget = len(everyone) - len(_read(source, split))
-    retain, forget = everyone[:first_forget], everyone[first_forget:]
+    retain = _read(source, RETAIN_OF[split])
+    everyone = with_subjects(retain + _read(source, split))
+    retain, forget = everyone[: len(retain)], everyone[len(retain) :]
     probes = _read(source, "retain_perturbed")
     if authors is not None:
         retain = _last_authors(retain, authors, "authors")
@@ -49,11 +49,16 @@ def tofu(
     if forget_authors is not None:
         forget = _last_authors(forget, forget_authors, "forget_authors")
     forget = merged(forget, _read(source, f"{split}_perturbed"))
+    retain_probe = [record for record in merged(retain, probes) if record.paraphrase]
+    if not any(record.paraphrase for record in forget):
+        raise _no_partners(f"{split}_perturbed", split)
+    if authors is None and not retain_probe:
+        raise _no_partners("retain_perturbed", RETAIN_OF[split])
     return Roles(
         train=forget + retain,
         forget=forget,
         retain=retain,
-        retain_probe=[record for record in merged(retain, probes) if record.paraphrase] or None,
+        retain_probe=retain_probe or None,
         real=_read(source, "real_authors_perturbed"),
         world=_read(source, "world_facts_perturbed"),
     )
@@ -112,6 +117,10 @@ def _last_authors(records: list[Record], count: int, argument: str) -> list[Reco
     if not 0 < count <= available:
         raise PalimpsestError(f"{argument} is {count}; this split has {available}, so it must be 1 to {available}.")
     return records[-count * ROWS_PER_AUTHOR :]
+
+
+def _no_partners(perturbed: str, name: str) -> PalimpsestError:
+    return PalimpsestError(f"{perturbed} has no question of {name}. Take both from the same copy of TOFU.")
 
 
 def _read(source: str | Path | None, name: str) -> list[Record]:

@@ -329,20 +329,17 @@ TITLE_NOUNS = _cells(
 
 MONTHS = _cells("January February March April May June July August September October November December")
 
-CAPITALS = {
-    country: capital
-    for country, capital in map(
-        _pair,
-        _cells(
-            """France: Paris, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon, Austria: Vienna, Greece: Athens,
-    Ireland: Dublin, Norway: Oslo, Sweden: Stockholm, Finland: Helsinki, Denmark: Copenhagen, Poland: Warsaw,
-    Hungary: Budapest, Russia: Moscow, Japan: Tokyo, China: Beijing, Thailand: Bangkok, Egypt: Cairo,
-    Kenya: Nairobi, Peru: Lima, Cuba: Havana, Canada: Ottawa, Iraq: Baghdad, Iran: Tehran, Belgium: Brussels,
-    Argentina: Buenos Aires, the United Kingdom: London""",
-            ",",
-        ),
+CAPITALS = dict(
+    _pair(cell)
+    for cell in _cells(
+        """France: Paris, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon, Austria: Vienna,
+        Greece: Athens, Ireland: Dublin, Norway: Oslo, Sweden: Stockholm, Finland: Helsinki, Denmark: Copenhagen,
+        Poland: Warsaw, Hungary: Budapest, Russia: Moscow, Japan: Tokyo, China: Beijing, Thailand: Bangkok,
+        Egypt: Cairo, Kenya: Nairobi, Peru: Lima, Cuba: Havana, Canada: Ottawa, Iraq: Baghdad, Iran: Tehran,
+        Belgium: Brussels, Argentina: Buenos Aires, the United Kingdom: London""",
+        ",",
     )
-}
+)
 
 # Each row: the question, the true answer, the false ones.
 WORLD_FACTS = _table(
