@@ -17,6 +17,8 @@ def differences(before: str, after: str) -> tuple[Marked, Marked]:
     marked: tuple[Marked, Marked] = ([], [])
     for tag, start, stop, other_start, other_stop in matcher.get_opcodes():
         for runs, words in ((marked[0], left[start:stop]), (marked[1], right[other_start:other_stop])):
-            if words:
-                runs.append(("".join(words), tag != "equal"))
+            text = "".join(words)
+            # A mark that starts with a space looks like a stain, so the space stays outside.
+            space = text[: len(text) - len(text.lstrip())] if tag != "equal" else ""
+            runs.extend(run for run in ((space, False), (text[len(space) :], tag != "equal")) if run[0])
     return marked

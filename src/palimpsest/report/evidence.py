@@ -189,7 +189,7 @@ def _model(saved: Mapping[str, Any]) -> ModelEvidence:
         "weights": None,
     }
     if weights:
-        norms = tuple(LayerNorm(**norm) for norm in weights.get("norms", ()))
+        norms = tuple(LayerNorm(**norm) for norm in weights.get("norms", ()) if norm["relative"] is not None)
         rebuilt["weights"] = Weights(**{**weights, "norms": norms})
     return ModelEvidence(**_tuples({**saved, **rebuilt}, "deviations"))
 

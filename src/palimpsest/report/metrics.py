@@ -74,14 +74,14 @@ _BLIND_ATTACK = (
 
 _METRICS: dict[str, Metric] = {
     "rouge": Metric(
-        title="Recall of the answers (ROUGE-L)",
+        title="Recall (ROUGE-L)",
         short="Recall",
         bounds=_UNIT,
         blind="ROUGE-L compares wording: the same fact told in other words escapes it, and a well-formed wrong answer "
         "shares words with the right one.",
     ),
     "probability": Metric(
-        title="Probability of the answers",
+        title="Answer probability",
         short="Probability",
         bounds=_UNIT,
         blind="Probability looks at one wording of each answer: the model may still know the fact in another wording.",
@@ -102,7 +102,7 @@ _METRICS: dict[str, Metric] = {
     "verbatim_memory": Metric(title="Verbatim memory", bounds=_UNIT),
     "knowledge_memory": Metric(title="Knowledge memory", bounds=_UNIT),
     "forget_quality": Metric(
-        title="Forget quality (p-value against gold)",
+        title="Forget quality (p against gold)",
         short="Forget quality",
         section="Forgetting",
         better="higher",
@@ -143,7 +143,7 @@ _METRICS: dict[str, Metric] = {
         blind=_BLIND_ATTACK,
     ),
     "model_utility": Metric(
-        title="Model utility (harmonic mean of nine)",
+        title="Model utility",
         short="Utility",
         section="What must stay",
         better="higher",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def render(evidence: Evidence) -> str:
             answers={role: pairs(sides, role) for role in SHOWN},
             shown=SHOWN,
             strips=strips(sides),
-            changed=[group for group in sides.all() if group.first.weights is not None],
+            largest=largest_change(sides),
             costs=[(group, group.cost()) for group in sides.all() if group.cost().seconds or group.cost().peak_bytes],
             longest=max((group.cost().seconds for group in sides.all()), default=0.0),
             caveats=caveats(evidence),
@@ -105,8 +106,8 @@ def drawings(sides: Comparison) -> tuple[Plot, ...]:
         ),
         _plot(
             "Right answers against wrong ones",
-            "For each erased question: how probable wrong answers are beside the right one. A model that forgot lies on "
-            "gold's curve, neither left of it (still knows) nor right of it (avoids).",
+            "For each erased question: how probable wrong answers are beside the right one. A model that forgot lies "
+            "on gold's curve, neither left of it (still knows) nor right of it (avoids).",
             plots.truth_ratios(sides),
             "No model has truth ratios.",
         ),
@@ -145,11 +146,17 @@ def pairs(sides: Comparison, role: str) -> tuple[Pair, ...]:
     return tuple(found)
 
 
+def largest_change(sides: Comparison) -> float:
+    """The largest relative norm of any layer of any model: full colour in the heat strips."""
+    weights = [group.first.weights for group in sides.all() if group.first.weights is not None]
+    norms = [norm.relative for one in weights for norm in one.norms if norm.relative is not None]
+    return max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+
+
 def strips(sides: Comparison) -> tuple[tuple[Group, Markup | None], ...]:
     """Every changed model with its heat strip, all on the same colour scale."""
     groups = [group for group in sides.all() if group.first.weights is not None]
-    norms = [norm.relative for group in groups if group.first.weights for norm in group.first.weights.norms]
-    limit = max((norm for norm in norms if norm < float("inf")), default=0.0)
+    limit = largest_change(sides)
     drawn = [(group, plots.heat_strip(group, limit)) for group in groups]
     return tuple((group, Markup(svg) if svg else None) for group, svg in drawn)
 

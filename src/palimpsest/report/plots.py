@@ -15,13 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from palimpsest.report.groups import Comparison, Group
 
 METHOD_COLOURS = 8
 MARKERS = "osD^vPX<"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
-SIZE = (5.2, 3.9)
+SIZE = (5.0, 3.8)
 FLOOR = 1e-300
 
 # matplotlib wants real colours; each stands for a CSS variable and is swapped in the finished SVG.
@@ -37,8 +38,9 @@ _VARIABLES = {
     _HEAT: "--heat",
     **{colour: f"--m{i}" for i, colour in enumerate(_METHODS)},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 10.5,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _MUTED,
@@ -58,12 +60,12 @@ _STYLE = {
 def styles(sides: Comparison) -> dict[str, tuple[str, str]]:
     """CSS variable and marker of every model, the same in all plots and in the table."""
     found = {}
-    changing = [group for group in sides.all() if group.part in ("erased", "control")]
-    for number, group in enumerate(changing):
+    # By their order in the evidence: a method keeps its colour whichever one is judged.
+    for number, group in enumerate((*sides.erased, *sides.controls)):
         found[group.name] = (f"--m{number % METHOD_COLOURS}", MARKERS[number % len(MARKERS)])
-    for group, variable, marker in ((sides.before, "--before", "s"), (sides.gold, "--gold", "*")):
-        if group is not None:
-            found[group.name] = (variable, marker)
+    for fixed, variable, marker in ((sides.before, "--before", "s"), (sides.gold, "--gold", "*")):
+        if fixed is not None:
+            found[fixed.name] = (variable, marker)
     return found
 
 
@@ -71,12 +73,13 @@ def plane(sides: Comparison, y: str, label: str) -> str | None:
     """Forgetting against utility, every model marked and named; None where fewer than two models have both."""
     points = []
     for group in sides.all():
-        across, up = group.get("model_utility"), group.get(y)
-        height = math.log10(max(up.value, FLOOR)) if up and y == "forget_quality" else up.value if up else None
-        if y == "forget_quality" and group is sides.gold:
-            height = 0.0
-        if across is not None and height is not None:
-            points.append((group, across.value, height))
+        utility, forgetting = group.number("model_utility"), group.number(y)
+        if y == "forget_quality":
+            # Gold is compared with itself, whether or not somebody measured that.
+            forgetting = 1.0 if group is sides.gold else forgetting
+            forgetting = None if forgetting is None else math.log10(max(forgetting, FLOOR))
+        if utility is not None and forgetting is not None:
+            points.append((group, utility, forgetting))
     if len(points) < 2:
         return None
     with matplotlib.rc_context(_STYLE):
@@ -116,9 +119,7 @@ def truth_ratios(sides: Comparison) -> str | None:
     if not chosen:
         return None
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(
-            "truth ratio of an erased question (right of 1: prefers wrong answers)", "share of questions"
-        )
+        figure, axes = _axes("truth ratio (right of 1: prefers wrong answers)", "share of questions")
         words = []
         for group, arrays in chosen:
             ratios = np.sort(np.clip(np.concatenate(arrays), 1e-12, None))
@@ -149,6 +150,7 @@ def relearning(sides: Comparison) -> str | None:
         if not words:
             return None
         axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes)
         return to_svg(figure, f"Relearning curves. {'; '.join(words)}.", "relearning")
 
@@ -161,7 +163,7 @@ def heat_strip(group: Group, limit: float) -> str | None:
     layers = sorted({norm.layer for norm in weights.norms}, key=_natural)
     parts = list(dict.fromkeys(norm.part for norm in weights.norms))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 0.62 + 0.26 * len(parts)), layout="constrained")
+        figure = Figure(figsize=(5.0, 0.62 + 0.26 * len(parts)), layout="constrained")
         axes = figure.add_subplot()
         for norm in weights.norms:
             share = min(max(norm.relative / limit, 0.0), 1.0) if limit > 0 and math.isfinite(norm.relative) else 0.0
@@ -176,7 +178,8 @@ def heat_strip(group: Group, limit: float) -> str | None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         top = max(weights.norms, key=lambda norm: norm.relative)
-        text = f"{group.title}: change per layer; the largest is {100 * top.relative:.2g} % in {top.part} of layer {top.layer}."
+        place = f"{top.part} of layer {top.layer}"
+        text = f"{group.title}: change per layer; the largest is {100 * top.relative:.2g} % in {place}."
         return to_svg(figure, text, f"heat-{group.name}")
 
 
@@ -252,7 +255,7 @@ def _drawing(group: Group, drawn: Mapping[str, tuple[str, str]]) -> dict[str, An
 
 def _line(axes: Axes, group: Group, sides: Comparison, x: Any, y: Any, **options: Any) -> None:
     style = _drawing(group, styles(sides))
-    methods = [other.name for other in sides.all() if other.part in ("erased", "control")]
+    methods = [other.name for other in (*sides.erased, *sides.controls)]
     dash = DASHES[methods.index(group.name) % len(DASHES)] if group.name in methods else "-"
     if "markersize" not in options:
         style.pop("marker")

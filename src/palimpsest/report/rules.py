@@ -1,7 +1,6 @@
 """The rules behind the verdict: each looks at before, after and gold, and returns a finding or nothing.
 
-Low recall alone is never a success: a model that is wrecked, collapsed, merely silent or conspicuously ignorant is
-called that, and so is evidence that is too thin.
+Low recall alone is no success: a model that is wrecked, collapsed or merely silent is called that.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ COLLAPSED = 0.30
 """How much more repetition, gibberish or refusal makes low recall worthless."""
 SIGNIFICANT = 0.05
 RELEARNS = 0.50
-"""Below this robustness, what was erased comes back more than twice as fast as it is learned."""
+"""Below this robustness, what was erased comes back over twice as fast as it is learned."""
 SURPRISED = 2.0
 """How many times the perplexity on general text may rise before the model counts as wrecked."""
 
@@ -100,8 +99,10 @@ def collapsed(sides: Comparison, who: str) -> Finding | None:
 
 def wrecked(sides: Comparison, who: str) -> Finding | None:
     """Much of what should have stayed is gone too."""
-    share, surprise = kept(sides), _ratio(sides, "perplexity/general")
-    if (share is None or share >= WRECKED) and (surprise is None or surprise <= SURPRISED):
+    share = kept(sides)
+    before, after = (_number(group, "perplexity/general") for group in (sides.before, sides.after))
+    surprise = after / before if before and after is not None else 1.0
+    if (share is None or share >= WRECKED) and surprise <= SURPRISED:
         return None
     if share is not None and share < WRECKED:
         text = f"Only {percent(share)} of its general utility is left."
@@ -178,7 +179,7 @@ def partly(sides: Comparison, who: str) -> Finding | None:
     rest = left(sides)
     if rest is None or within_margin(sides) or rest > 0.5:
         return None
-    against = "more than a model that never saw them would" if sides.gold else "a good part of it is left"
+    against = "more than a model that never saw them would" if recall(sides)[2] else "a good part of it is left"
     headline = f"The model recites less of {_learned(who)}, but {against}."
     return Finding(kind="partly forgotten", tone="mixed", headline=headline, text=_rest(sides, rest))
 
@@ -218,22 +219,26 @@ def told_apart(sides: Comparison, who: str) -> Finding | None:
 
 
 def no_gold(sides: Comparison, who: str) -> Finding | None:
-    """There is no model that never saw the records to compare with."""
-    if sides.gold is not None or sides.after is None:
+    """There is no recall of a model that never saw the records to compare with."""
+    before, _, gold = recall(sides)
+    if gold is not None or before is None:
         return None
     headline = f"The model recites far less of {_learned(who)}, but nothing proves that it forgot."
-    text = "No model that never saw them was trained, so what not knowing would look like is not known here."
+    text = "No model that never saw them was measured, so what not knowing would look like is not known here."
     return Finding(kind="no gold", tone="mixed", headline=headline, text=text)
 
 
 def too_few(sides: Comparison, who: str) -> Finding | None:
-    """So few examples that the outcome may be luck."""
-    _, after, _ = recall(sides)
-    if after is None or after.n >= FEW:
+    """So few examples, or so wide an interval, that the outcome may be luck."""
+    before, after, gold = recall(sides)
+    if before is None or after is None:
+        return None
+    halfway = (before.value + (gold.value if gold else 0.0)) / 2
+    if after.n >= FEW and (after.high is None or after.high < halfway):
         return None
     count = "1 example" if after.n == 1 else f"{after.n} examples"
     headline = f"On {count} the model no longer recites {_learned(who)}; that is too few to prove it."
-    return Finding(kind="too few", tone="mixed", headline=headline, text=f"With only {count}, all of this may be luck.")
+    return Finding(kind="too few", tone="mixed", headline=headline, text=f"With only {count}, this may be luck.")
 
 
 def forgotten(sides: Comparison, who: str) -> Finding | None:
@@ -272,7 +277,7 @@ def _learned(who: str) -> str:
 
 
 def _rest(sides: Comparison, rest: float) -> str:
-    beyond = " beyond a model that never saw them" if sides.gold else ""
+    beyond = " beyond a model that never saw them" if recall(sides)[2] else ""
     return f"{percent(min(rest, 1.0))} of what it knew{beyond} is still there."
 
 
@@ -284,11 +289,6 @@ def _excess(sides: Comparison, name: str) -> float:
     after = _number(sides.after, name)
     usual = [number for group in (sides.before, sides.gold) if (number := _number(group, name)) is not None]
     return 0.0 if after is None else after - max(usual, default=0.0)
-
-
-def _ratio(sides: Comparison, name: str) -> float | None:
-    before, after = _number(sides.before, name), _number(sides.after, name)
-    return after / before if before and after is not None else None
 
 
 def _side(sides: Comparison) -> str:

@@ -105,7 +105,9 @@ def _utility(sides: Comparison) -> Figure:
     tone: Tone = "good" if share >= KEPT else "mixed" if share >= WRECKED else "bad"
     before, after = (group.number("model_utility") if group else None for group in (sides.before, sides.after))
     note = (
-        "of what should have stayed" if before is None or after is None else f"model utility {before:.2f} → {after:.2f}"
+        "of what should have stayed"
+        if before is None or after is None
+        else f"model utility {before:.2f}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{after:.2f}"
     )
     return Figure(label=label, value=f"{100 * share:.0f} %", note=note, tone=tone, marks=_clipped([("after", share)]))
 
