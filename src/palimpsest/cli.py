@@ -1,0 +1,461 @@
+"""The command line: verbs and their systems, made from the dataclasses.
+
+Results go to standard output, progress and messages to standard error. Exit codes: 0 done, 2 wrong input, 130 stopped.
+"""
+
+# annotations are evaluated: the options are classes made inside functions, and tyro reads their types
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from palimpsest import __version__
+from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.run import Precision, console
+from palimpsest.system import VERBS, Facts, catalogue, create, facts_of
+
+CHANGING = ("write", "keep", "erase", "fit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if words[0] in ("-V", "--version"):
+            print(__version__)
+            return 0
+        name, rest = words[0], words[1:]
+        if name in CHANGING:
+            return _change(name, rest)
+        if name not in COMMANDS:
+            raise PalimpsestError(f"there is no command {name!r}. {nearest(name, [*COMMANDS, *CHANGING])}")
+        return COMMANDS[name](rest) or 0
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except PalimpsestError as error:
+        console().print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console().print("stopped; the same command goes on from the last checkpoint.")
+        return 130
+
+
+def overview() -> str:
+    """The help text of the program."""
+    lines = [
+        "palimpsest: what a model remembers.",
+        "",
+        "  palimpsest list                      every system, by verb",
+        "  palimpsest show SYSTEM               its facts, hyperparameters and source",
+        "  palimpsest VERB SYSTEM --model M ... change a model: write, keep, erase, fit",
+        "  palimpsest forget MODEL --about X    forget X, choosing everything for you",
+        "  palimpsest audit --model M ...       measure what is left, and write the report",
+        "  palimpsest compare TASK ...          methods x probes x seeds in one table",
+        "  palimpsest reproduce SYSTEM          a paper's claim, tried here",
+        "  palimpsest ledger FOLDER             what was done to a saved model; checks its digests",
+        "  palimpsest report EVIDENCE           the HTML page of an evidence file",
+        "  palimpsest people --out FOLDER       make records about fictitious people",
+        "  palimpsest demo                      all of it in a few minutes, offline",
+        "",
+        "Every command explains itself with --help.",
+    ]
+    return "\n".join(lines)
+
+
+# --- options that several commands share -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How the work is carried out."""
+
+    seed: int = 0
+    """random seed"""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    precision: Precision = "auto"
+    """auto measures which is faster on this machine"""
+    work: Path | None = None
+    """folder for checkpoints: a command that was killed goes on from there"""
+    quiet: bool = False
+    """no progress bars"""
+
+    def run(self) -> Any:
+        """The `Run` that is meant."""
+        from palimpsest.run import Run
+
+        return Run(
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+            folder=self.work,
+            progress=not self.quiet,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which records play which role: one source with a forget subject, TOFU, or a file for each role."""
+
+    data: str | None = None
+    """all records: a .jsonl, .json, .parquet or .txt file, a folder of texts, or a hub dataset"""
+    forget_subject: tuple[str, ...] = ()
+    """subjects in --data that are to be forgotten; the others are retained"""
+    tofu: str | None = None
+    """a TOFU split: forget01, forget05 or forget10"""
+    tofu_source: Path | None = None
+    """folder with the TOFU files; without it, the hub"""
+    tofu_authors: int | None = None
+    """only this many retained TOFU authors"""
+    tofu_forget_authors: int | None = None
+    """only this many forgotten TOFU authors"""
+    role: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """a file for a role: --role forget a.jsonl retain b.jsonl world c.jsonl"""
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    """columns of your files: --fields prompt question answer reply"""
+
+    def roles(self) -> Any:
+        """The records by role; raises where nothing was named."""
+        from palimpsest.data.loading import load_records
+        from palimpsest.data.records import Roles, by_subject
+        from palimpsest.data.tofu import tofu
+
+        if self.tofu:
+            return tofu(self.tofu, self.tofu_source, authors=self.tofu_authors, forget_authors=self.tofu_forget_authors)
+        named = {name: load_records(str(path), fields=self.fields or None) for name, path in self.role.items()}
+        if self.data:
+            records = load_records(self.data, fields=self.fields or None)
+            named.setdefault("train", records)
+            if self.forget_subject:
+                named["forget"], named["retain"] = by_subject(records, self.forget_subject)
+        if not named:
+            raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
+        return Roles(**named)
+
+    @property
+    def source(self) -> str:
+        """A few words for the report."""
+        return f"TOFU {self.tofu}" if self.tofu else self.data or ", ".join(str(path) for path in self.role.values())
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _list(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Options:
+        """Every system, by verb."""
+
+        verb: str | None = None
+        """only the systems of this verb"""
+        json: bool = False
+        """machine-readable"""
+
+    options = _parse(Options, words, "list")
+    if options.verb is not None and options.verb not in VERBS:
+        raise PalimpsestError(f"there is no verb {options.verb!r}. {nearest(options.verb, VERBS)}")
+    chosen = [facts for facts in catalogue().values() if options.verb in (None, facts.verb)]
+    if options.json:
+        print(json.dumps([_facts(facts) for facts in chosen], indent=1))
+        return
+    for verb in VERBS:
+        own = [facts for facts in chosen if facts.verb == verb]
+        if own:
+            print(verb)
+            for facts in own:
+                print(f"  {facts.slug:<22} {facts.title}" + (f"  ({facts.paper})" if facts.paper else ""))
+
+
+def _show(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Options:
+        """A system's facts, hyperparameters and source."""
+
+        system: _positional(str)  # type: ignore[valid-type]
+        """a name that `palimpsest list` shows"""
+        json: bool = False
+        """machine-readable"""
+
+    options = _parse(Options, words, "show")
+    facts = facts_of(options.system)
+    instance = create(options.system)
+    fields = list(_describe(instance))
+    if options.json:
+        print(json.dumps({**_facts(facts), "settings": [dict(zip(FIELD, f, strict=True)) for f in fields]}, indent=1))
+        return
+    import inspect
+
+    module = inspect.getmodule(type(instance))
+    print(f"{facts.slug} ({facts.verb}): {facts.title}\n")
+    print(inspect.getdoc(module) or "")
+    print(
+        f"\npaper     {facts.paper or '-'}\ntakes     {facts.takes}\nneeds     {', '.join(sorted(facts.needs)) or '-'}"
+    )
+    print(f"uses      {', '.join(sorted(facts.uses)) or '-'}\nfidelity  {facts.fidelity}")
+    for deviation in facts.deviations:
+        print(f"differs   {deviation}")
+    print(f"source    {facts.module}.{facts.qualname}\n")
+    for name, default, limits, meaning, origin in fields:
+        print(f"  --{name.replace('_', '-'):<26} {default!s:<12} {meaning}{limits and f' ({limits})'}  [{origin}]")
+
+
+FIELD = ("name", "default", "limits", "help", "origin")
+
+
+def _describe(instance: Any, prefix: str = "") -> Any:
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _describe(value, f"{prefix}{field.name}.")
+            continue
+        about = field.metadata
+        limits = ", ".join(f"{bound} {limit:g}" for bound, limit in about.get("limits", {}).items())
+        yield f"{prefix}{field.name}", value, limits, about.get("help", ""), about.get("origin", "")
+
+
+def _facts(facts: Facts) -> dict[str, Any]:
+    plain = dataclasses.asdict(facts)
+    return plain | {"needs": sorted(facts.needs), "uses": sorted(facts.uses), "deviations": list(facts.deviations)}
+
+
+def _change(verb: str, words: list[str]) -> int:
+    """`palimpsest VERB SYSTEM ...` for the verbs that change a model."""
+    of_verb = [slug for slug, facts in catalogue().items() if facts.verb == verb]
+    if not words or words[0].startswith("-"):
+        print(f"palimpsest {verb} SYSTEM --model MODEL --out FOLDER ...\n\nsystems: {', '.join(of_verb) or 'none yet'}")
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    slug = words[0]
+    if slug not in of_verb:
+        raise PalimpsestError(f"there is no system {slug!r} under {verb}. {nearest(slug, of_verb)}")
+    preset = create(slug)
+    settings = _settings_type(type(preset), preset)
+
+    @dataclasses.dataclass(kw_only=True)
+    class Options:
+        out: Path
+        """folder for the changed model"""
+        model: str = "smollm2-135m-instruct"
+        """hub name, folder, .gguf file, or the embedded smollm2-135m-instruct"""
+        overwrite: bool = False
+        """replace what is in --out"""
+        run: Annotated[RunOptions, _flat()] = dataclasses.field(default_factory=RunOptions)
+        data: Annotated[DataOptions, _flat()] = dataclasses.field(default_factory=DataOptions)
+        method: Annotated[settings, _flat()] = dataclasses.field(default_factory=settings)
+        """hyperparameters of the method"""
+
+    Options.__doc__ = facts_of(slug).title
+    options = _parse(Options, words[1:], f"{verb} {slug}")
+    from palimpsest.models.loading import load
+
+    if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
+        raise PalimpsestError(f"{options.out} already holds files. Choose another folder, or pass --overwrite.")
+    method = create(slug, **_flat_items(options.method))
+    roles = options.data.roles()
+    run = options.run.run().replace(in_place=True)
+    changed = method.apply(load(options.model, run=run), roles, run)
+    print(changed.save_pretrained(options.out, overwrite=options.overwrite))
+    return 0
+
+
+def _audit(words: list[str]) -> None:
+    @dataclasses.dataclass(kw_only=True)
+    class Options:
+        """Measures models and writes evidence.json and report.html."""
+
+        model: tuple[str, ...]
+        """the models to measure, for instance the erased ones"""
+        out: Path
+        """folder for the evidence and the report"""
+        before: str | None = None
+        """the model before erasing"""
+        gold: str | None = None
+        """a model that never saw the forget set"""
+        probes: tuple[str, ...] = ()
+        """which probes; all of the standard battery by default"""
+        max_new_tokens: int = 200
+        """longest generated answer, tokens"""
+        overwrite: bool = False
+        """replace an old report in --out"""
+        run: Annotated[RunOptions, _flat()] = dataclasses.field(default_factory=RunOptions)
+        data: Annotated[DataOptions, _flat()] = dataclasses.field(default_factory=DataOptions)
+
+    options = _parse(Options, words, "audit")
+    from palimpsest.audit.session import audit_saved
+
+    page = audit_saved(
+        options.model,
+        options.data.roles(),
+        options.out,
+        options.run.run(),
+        before=options.before,
+        gold=options.gold,
+        probes=options.probes or None,
+        max_new_tokens=options.max_new_tokens,
+        source=options.data.source,
+        command="palimpsest audit " + " ".join(words),
+        overwrite=options.overwrite,
+    )
+    print(page)
+
+
+def _ledger(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Options:
+        """What was done to a saved model; checks the digest of its weights."""
+
+        folder: _positional(Path)  # type: ignore[valid-type]
+        """a folder saved by palimpsest"""
+        json: bool = False
+        """machine-readable"""
+
+    options = _parse(Options, words, "ledger")
+    from palimpsest.ledger import verify
+
+    saved = verify(options.folder)
+    if options.json:
+        print(json.dumps(saved, indent=1))
+        return
+    print(f"source   {saved['source'] or 'unknown'}")
+    for number, entry in enumerate(saved["entries"], 1):
+        print(
+            f"\n{number}. {entry['method']}  (seed {entry['seed']}, palimpsest {entry['version']}, {entry['seconds']:.0f} s)"
+        )
+        for role, digest in entry["data"].items():
+            print(f"   data     {role:<8} {digest[:16]}")
+        print(f"   weights  {entry['weights_before'][:16]} -> {entry['weights_after'][:16]}")
+        print(f"   settings {json.dumps(entry['settings'])}")
+    print(f"\nweights  {saved['weights']} (verified)")
+
+
+def _report(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Options:
+        """The HTML page of an evidence file."""
+
+        evidence: _positional(Path)  # type: ignore[valid-type]
+        """evidence.json of an audit, a comparison or the demo"""
+        out: Path | None = None
+        """where to write it; beside the evidence by default"""
+        markdown: bool = False
+        """print the table as Markdown instead"""
+
+    options = _parse(Options, words, "report")
+    from palimpsest.report import evidence, page, table
+
+    loaded = evidence.load(options.evidence)
+    if options.markdown:
+        print(table.to_markdown(table.build(loaded)))
+    else:
+        print(page.write(loaded, options.out or options.evidence.with_name("report.html")))
+
+
+def _people(words: list[str]) -> None:
+    @dataclasses.dataclass(kw_only=True)
+    class Options:
+        """Makes records about fictitious people, one JSON-lines file a role."""
+
+        out: Path
+        """folder for the files"""
+        people: int = 20
+        """how many people"""
+        forget: int = 4
+        """how many of them are to be forgotten"""
+        facts: int | None = None
+        """facts a person; all by default"""
+        seed: int = 0
+        """random seed"""
+
+    options = _parse(Options, words, "people")
+    from palimpsest.data.fictitious import roles
+    from palimpsest.data.loading import write_records
+
+    made = roles(options.people, options.forget, seed=options.seed, facts_per_person=options.facts)
+    if options.out.exists() and any(options.out.iterdir()):
+        raise PalimpsestError(f"{options.out} already holds files. Choose another folder.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for role, records in made.items():
+        write_records(records, options.out / f"{role}.jsonl")
+    print(options.out)
+
+
+def _lazy(module: str) -> Callable[[list[str]], int | None]:
+    """A command that lives in a module of its own, imported when it is asked for."""
+
+    def command(words: list[str]) -> int | None:
+        import importlib
+
+        return importlib.import_module(module).command(words)
+
+    return command
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int | None]] = {
+    "list": _list,
+    "show": _show,
+    "audit": _audit,
+    "ledger": _ledger,
+    "report": _report,
+    "people": _people,
+    "forget": _lazy("palimpsest.forget"),
+    "compare": _lazy("palimpsest.tasks"),
+    "reproduce": _lazy("palimpsest.reproduce.runner"),
+    "demo": _lazy("palimpsest.demo"),
+}
+
+
+# --- dataclasses as options ------------------------------------------------------------------------------------------
+
+
+def _parse(options: Any, words: list[str], name: str) -> Any:
+    import tyro
+
+    return tyro.cli(options, args=words, prog=f"palimpsest {name}")
+
+
+def _flat() -> Any:
+    import tyro
+
+    return tyro.conf.arg(name="")
+
+
+def _positional(of: type) -> Any:
+    import tyro
+
+    return tyro.conf.Positional[of]  # type: ignore[valid-type]
+
+
+def _settings_type(cls: type, default: Any) -> type:
+    """A dataclass for the command line with the fields of the settings, their help, origin and defaults."""
+    import tyro
+
+    hints = get_type_hints(cls)
+    fields = []
+    for field in dataclasses.fields(cls):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            nested = _settings_type(type(value), value)
+            fields.append((field.name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        meaning = f"{field.metadata.get('help', '')} [{field.metadata.get('origin', '')}]"
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=meaning)]
+        fields.append((field.name, hint, dataclasses.field(default=value)))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": cls.__doc__})
+
+
+def _flat_items(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings by dotted name, as `create` takes them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found.update(_flat_items(value, f"{prefix}{field.name}."))
+        else:
+            found[prefix + field.name] = value
+    return found
