@@ -65,15 +65,20 @@ def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
 def check_kind(facts: Facts, slug: str, model: Model) -> None:
     """Raises where the system does not take this kind of model, naming those that do."""
     kind = kind_of(model)
-    if facts.takes == "none" or kind in facts.takes or (facts.takes == "causal-lm" and kind == "mixture-of-experts"):
+    if _fits(facts, kind):
         return
     from palimpsest.system import catalogue
 
-    fitting = [s for s, other in catalogue().items() if other.verb == facts.verb and kind in other.takes]
+    fitting = [name for name, other in catalogue().items() if other.verb == facts.verb and _fits(other, kind)]
     raise PalimpsestError(
         f"{slug} takes a {facts.takes}, but {type(model.network).__name__} is a {kind}. "
         f"Systems of this verb for a {kind}: {', '.join(fitting) or 'none'}."
     )
+
+
+def _fits(facts: Facts, kind: str) -> bool:
+    taken = facts.takes.split(" or ")
+    return facts.takes == "none" or kind in taken or (kind == "mixture-of-experts" and "causal-lm" in taken)
 
 
 def kind_of(model: Model) -> str:

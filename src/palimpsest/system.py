@@ -14,14 +14,17 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
     TypeVar,
+    Union,
     dataclass_transform,
     get_args,
     get_origin,
@@ -130,22 +133,37 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
 
 
 def check_settings(settings: Any) -> None:
-    """Raises where a field of the dataclass instance is outside its range, type choice or finiteness."""
-    hints = _hints(type(settings))
+    """Raises where a field of the dataclass instance is of another type, not among its choices, or out of range."""
+    cls: Any = type(settings)
+    hints = _hints(cls)
     name = settings.facts.slug if isinstance(settings, (Method, Probe, Store)) else type(settings).__name__
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
         if choices and value not in choices:
             raise PalimpsestError(f"{name}: {field.name} is {value!r}. {nearest(str(value), map(str, choices))}")
+        if kinds := _kinds(hints[field.name]):
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                expected = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
+                raise PalimpsestError(f"{name}: {field.name} is {value!r}, expected {expected}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PalimpsestError(f"{name}: {field.name} is {value}, expected a finite number.")
         for bound, limit in field.metadata.get("limits", {}).items():
             if value is not None and not _HOLDS[bound](value, limit):
                 raise PalimpsestError(f"{name}: {field.name} is {value!r}, expected {bound} {limit:g}.")
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The classes that a value of this hint may have; none where the hint says more than classes."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not all(isinstance(part, type) for part in parts):
+        return ()
+    return (*parts, int) if float in parts and int not in parts else tuple(parts)
 
 
 T = TypeVar("T", bound=type)
@@ -162,7 +180,8 @@ def settings(cls: T) -> T:
             own(self)
 
     setattr(cls, "__post_init__", __post_init__)  # noqa: B010
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    return made
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting, dataclasses.field))
@@ -221,7 +240,10 @@ def catalogue() -> dict[str, Facts]:
             found.update(_read_source(path, f"palimpsest.{verb}.{path.stem}"))
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         module = entry.value.partition(":")[0]
-        spec = importlib.util.find_spec(module)
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
         if spec is None or spec.origin is None:
             raise PalimpsestError(
                 f"the entry point {entry.name!r} names the module {module!r}, which is not installed."
@@ -286,10 +308,22 @@ def replace(settings: Any, name: str, fields: Mapping[str, Any]) -> Any:
         head, _, rest = key.partition(".")
         if head not in known:
             raise PalimpsestError(f"{name} has no field {key!r}. {nearest(head, known)}")
-        if rest:
-            value = replace(changes.get(head, getattr(settings, head)), f"{name}.{head}", {rest: value})
+        if rest or isinstance(value, Mapping):
+            inner = changes.get(head, getattr(settings, head))
+            value = replace(_filled(inner, settings, head, name), f"{name}.{head}", {rest: value} if rest else value)
         changes[head] = value
     return dataclasses.replace(settings, **changes)
+
+
+def _filled(inner: Any, settings: Any, field: str, name: str) -> Any:
+    """The nested settings, made with their defaults where the field is None; raises where it has no fields."""
+    if dataclasses.is_dataclass(inner):
+        return inner
+    cls: Any = type(settings)
+    nested = [kind for kind in _kinds(_hints(cls)[field]) if dataclasses.is_dataclass(kind)]
+    if not nested:
+        raise PalimpsestError(f"{name}.{field} is a single value; it has no fields of its own.")
+    return nested[0]()
 
 
 def slug_of(instance: Any) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +29,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.packing import Packed, packer
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
-from palimpsest.models.hooks import capture
+from palimpsest.models.hooks import capture, places
+from palimpsest.models.loading import quiet_transformers
 from palimpsest.models.model import Model
 from palimpsest.run import Run, console
 from palimpsest.system import setting, settings
@@ -43,26 +48,28 @@ from palimpsest.system import setting, settings
 class Training:
     """How a method fine-tunes. The defaults are those of OpenUnlearning on TOFU."""
 
-    learning_rate: float = setting(1e-5, above=0, origin="OpenUnlearning", help="peak learning rate")
-    epochs: int = setting(10, at_least=1, origin="OpenUnlearning", help="passes over the anchor records")
+    learning_rate: float = setting(default=1e-5, above=0, origin="OpenUnlearning", help="peak learning rate")
+    epochs: int = setting(default=10, at_least=1, origin="OpenUnlearning", help="passes over the anchor records")
     max_steps: int | None = setting(
-        None, at_least=1, origin="ours", help="stop after this many steps; None: all epochs"
+        default=None, at_least=1, origin="ours", help="stop after this many steps; None: all epochs"
     )
-    batch_size: int = setting(32, at_least=1, origin="OpenUnlearning", help="records a step, over all processes")
-    weight_decay: float = setting(0.01, at_least=0, origin="OpenUnlearning", help="AdamW weight decay")
-    warmup_epochs: float = setting(1.0, at_least=0, origin="OpenUnlearning", help="epochs of linear warm-up")
+    batch_size: int = setting(
+        default=32, at_least=1, origin="OpenUnlearning", help="records a step, over all processes"
+    )
+    weight_decay: float = setting(default=0.01, at_least=0, origin="OpenUnlearning", help="AdamW weight decay")
+    warmup_epochs: float = setting(default=1.0, at_least=0, origin="OpenUnlearning", help="epochs of linear warm-up")
     decay: Literal["linear", "constant", "cosine"] = setting(
-        "linear", origin="OpenUnlearning", help="schedule after warm-up"
+        default="linear", origin="OpenUnlearning", help="schedule after warm-up"
     )
-    max_grad_norm: float = setting(1.0, above=0, origin="transformers", help="gradient clipping, L2 norm")
+    max_grad_norm: float = setting(default=1.0, above=0, origin="transformers", help="gradient clipping, L2 norm")
     max_length: int | None = setting(
-        512, at_least=2, origin="OpenUnlearning", help="longest sequence, tokens; None: the model's"
+        default=512, at_least=2, origin="OpenUnlearning", help="longest sequence, tokens; None: the model's"
     )
     lora_rank: int = setting(
-        0, at_least=0, origin="ours", help="0 trains all weights, else adapters of this rank, merged at the end"
+        default=0, at_least=0, origin="ours", help="0 trains all weights, else adapters of this rank, merged at the end"
     )
     micro_tokens: int = setting(
-        512, at_least=1, origin="ours, measured", help="tokens computed at once: memory, not result"
+        default=512, at_least=1, origin="ours, measured", help="tokens computed at once: memory, not result"
     )
 
 
@@ -83,7 +90,7 @@ class Micro:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Every micro-batch of a training run, drawn in advance. `sequences[role]` are distinct; micro-batches point there."""
+    """Every micro-batch of a run, drawn in advance. `sequences[role]` are distinct; micro-batches point there."""
 
     sequences: Mapping[str, list[Encoded]]
     steps: tuple[tuple[Micro, ...], ...]
@@ -141,17 +148,19 @@ def schedule(
             return place
         return int(rng.integers(len(lists[name])))
 
-    drawn: list[list[dict[str, int]]] = []
-    for _ in range(training.epochs):
-        for chosen in np.array_split(rng.permutation(count), per_epoch):
-            drawn.append([{name: draw(name, int(example)) for name in names} for example in chosen])
+    def passes() -> Iterator[list[dict[str, int]]]:
+        for _ in range(training.epochs):
+            for chosen in np.array_split(rng.permutation(count), per_epoch):
+                yield [{name: draw(name, int(example)) for name in names} for example in chosen]
+
+    drawn = list(itertools.islice(passes(), training.max_steps))
 
     def width(row: Mapping[str, int]) -> int:
         return sum(len(lists[name][place].tokens) for name, place in row.items())
 
     heaviest = max(sum(map(width, step)) for step in drawn)
     micros = min(math.ceil(heaviest / (training.micro_tokens * world)) * world, count // per_epoch // world * world)
-    steps = tuple(_cut(sorted(step, key=width), micros, lists) for step in drawn[: training.max_steps])
+    steps = tuple(_cut(sorted(step, key=width), micros, lists) for step in drawn)
     return Schedule(lists, steps, per_epoch)
 
 
@@ -247,7 +256,7 @@ class _Forward:
     def hidden(self) -> Float[Tensor, "targets width"]:
         assert self.watch is not None
         bare = getattr(self.network, "module", self.network)
-        with capture({self.watch: bare.get_submodule(self.watch)}) as outputs:
+        with capture({self.watch: places(bare)[self.watch].module}) as outputs:
             self.network(**self.packed.inputs(), logits_to_keep=torch.zeros(1, dtype=torch.long))
         return outputs[self.watch][self.packed.row, self.packed.here].float()
 
@@ -293,133 +302,147 @@ def train(
     `watch` names a module whose output becomes `View.hidden`; `trainable` chooses parameters by name; `stop` is asked
     after every step. Raises where the loss stops being a number, naming the step and the last good checkpoint.
     """
-    from transformers import TrainingArguments
-
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
-    frozen = _freeze(network, trainable)
     job = None if run.folder is None else _job_folder(run.folder, model, plan, training, run)
-    network = _with_adapters(network, training) if training.lora_rank else network
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = len(plan.steps[0]) // world
     with contextlib.ExitStack() as stack:
+        stack.enter_context(run.seeded())
+        stack.enter_context(_only(network, trainable, training))
+        learner = _with_adapters(network, training) if training.lora_rank else network
+        stack.callback(_leave_mixed_precision, learner)
         work = job or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-")))
-        arguments = TrainingArguments(
-            output_dir=str(work),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulation,
-            num_train_epochs=1,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            warmup_steps=min(round(training.warmup_epochs * plan.steps_per_epoch), len(plan.steps)),
-            lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.decay, training.decay),
-            max_grad_norm=training.max_grad_norm,
-            seed=run.seed,
-            bf16=_precision(run) == "bfloat16",
-            use_cpu=run.torch_device().type == "cpu",
-            ddp_backend="gloo" if world > 1 and run.torch_device().type == "cpu" else None,
-            save_strategy="no",
-            save_total_limit=2,
-            report_to="none",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            log_level="error",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
         advance = stack.enter_context(run.bar(label, len(plan.steps)))
-        trainer = _trainer(
-            network, student, plan, objective, training, run, arguments, watch, optimizer, stop, advance, job
+        loop = _Loop(
+            plan,
+            objective,
+            watch,
+            model=learner,
+            args=_arguments(plan, training, run, work),
+            optimizers=(optimizer(learner, training) if optimizer is not None else None, None),
+            callbacks=[_Watch(student, stop, advance, run.checkpoint_seconds if job is not None else math.inf)],
         )
-        trainer.train(resume_from_checkpoint=_last_good(job) if run.resume else None)
-        network = trainer.accelerator.unwrap_model(trainer.model)
-    student.network = network.merge_and_unload() if training.lora_rank else network
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    if training.lora_rank:
-        student.network.requires_grad_(True)
+        loop.remove_callback(PrinterCallback)
+        loop.train(resume_from_checkpoint=_last_good(work) if run.resume else None)
+        trained: Any = loop.accelerator.unwrap_model(loop.model)
+    student.network = trained.merge_and_unload().requires_grad_(True) if training.lora_rank else trained
     student.network.eval()
     if job is not None:
         shutil.rmtree(job, ignore_errors=True)
     return student
 
 
-def _trainer(
-    network: nn.Module,
-    student: Model,
-    plan: Schedule,
-    objective: Objective,
-    training: Training,
-    run: Run,
-    arguments: Any,
-    watch: str | None,
-    make_optimizer: MakeOptimizer | None,
-    stop: Stop | None,
-    advance: Callable[..., None],
-    job: Path | None,
-) -> Any:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-
-    micros = [micro for step in plan.steps for micro in step]
-    world = max(1, arguments.world_size)
-    arrange = packer(network)
-
-    class Loop(Trainer):
-        loss_is_scaled_for_ga = True
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def floating_point_ops(self, inputs: Any) -> int:
-            return 0
-
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            micro = micros[int(inputs["micro"])]
-            loss = objective(_batch(model, plan, micro, arrange, watch, arguments.device))
-            if not torch.isfinite(loss):
-                kept = (
-                    f"the last good checkpoint is {good}" if (good := _last_good(job)) else "no checkpoint was due yet"
-                )
-                raise PalimpsestError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1} of {len(plan.steps)}; {kept}. "
-                    f"Lower the learning rate (now {training.learning_rate:g})."
-                )
-            # gradients are averaged over processes; the shares already add up to one over all of them
-            return loss * micro.share * world
-
-    class Watch(TrainerCallback):
-        saved = time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if job is not None and time.monotonic() - self.saved >= run.checkpoint_seconds:
-                control.should_save = state.global_step < len(plan.steps)
-                type(self).saved = time.monotonic()
-            if stop is not None and stop(state.global_step, student):
-                control.should_training_stop = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                advance(state.global_step - self.shown, f"loss {logs['loss']:.4f}")
-                self.shown = state.global_step
-
-        shown = 0
-
-    optimizers = (make_optimizer(network, training), None) if make_optimizer is not None else (None, None)
-    trainer = Loop(
-        model=network,
-        args=arguments,
-        train_dataset=[{"micro": i} for i in range(len(micros))],
-        optimizers=optimizers,
-        callbacks=[Watch()],
+def _arguments(plan: Schedule, training: Training, run: Run, work: Path) -> TrainingArguments:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = run.torch_device().type == "cpu"
+    return TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(plan.steps[0]) // world,
+        num_train_epochs=1,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=min(round(training.warmup_epochs * plan.steps_per_epoch), len(plan.steps)),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.decay, training.decay),
+        max_grad_norm=training.max_grad_norm,
+        seed=run.seed,
+        bf16=_precision(run) == "bfloat16",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if world > 1 and on_cpu else None,
+        save_strategy="no",
+        save_total_limit=2,
+        report_to="none",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+
+
+class _Loop(Trainer):
+    """Goes through the micro-batches of a schedule in order, each weighted by its share of the step."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, plan: Schedule, objective: Objective, watch: str | None, **keywords: Any) -> None:
+        self.plan = plan
+        self.objective: Objective = objective
+        self.watch = watch
+        self.micros = [micro for step in plan.steps for micro in step]
+        self.arrange = packer(keywords["model"])
+        super().__init__(train_dataset=[{"micro": i} for i in range(len(self.micros))], **keywords)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return SequentialSampler(self.micros)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with quiet_transformers():
+            super()._save_checkpoint(model, trial)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The objective on one micro-batch, so weighted that the step's gradient is that of its whole batch."""
+        micro = self.micros[int(inputs["micro"])]
+        loss = self.objective(_batch(model, self.plan, micro, self.arrange, self.watch, self.args.device))
+        if not torch.isfinite(loss):
+            raise _diverged("loss", float(loss), self.state.global_step + 1, self.args)
+        # gradients are averaged over processes; the shares already add up to one over all of them
+        return loss * micro.share * max(1, self.args.world_size)
+
+
+class _Watch(TrainerCallback):
+    """After every step: shows progress, asks whether to stop, and saves when `every` seconds have passed."""
+
+    def __init__(self, student: Model, stop: Stop | None, advance: Callable[..., None], every: float) -> None:
+        self.student = student
+        self.stop = stop
+        self.advance = advance
+        self.every = every
+        self.saved = time.monotonic()
+        self.shown = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Asks for a checkpoint where one is due, and for the end where `stop` says so."""
+        if time.monotonic() - self.saved >= self.every:
+            control.should_save = state.global_step < state.max_steps
+            self.saved = time.monotonic()
+        if self.stop is not None and self.stop(state.global_step, self.student):
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Makes the checkpoint one that `load` takes, and marks it as written to its end."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.student.processor is not None:
+                self.student.processor.save_pretrained(checkpoint)
+            (checkpoint / COMPLETE).touch()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Shows the loss; weights that a gradient without a value has spoilt are never saved."""
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(norm := logs.get("grad_norm", 0.0)):
+            raise _diverged("gradient norm", norm, state.global_step, args)
+        self.advance(state.global_step - self.shown, f"loss {logs['loss']:.4f}")
+        self.shown = state.global_step
+
+
+def _diverged(what: str, value: float, step: int, args: TrainingArguments) -> PalimpsestError:
+    good = _last_good(Path(args.output_dir or ""))
+    kept = f"the last good checkpoint is {good}" if good else "no checkpoint was due yet"
+    return PalimpsestError(
+        f"the {what} is {value} at step {step}; {kept}. Lower the learning rate (now {args.learning_rate:g})."
+    )
 
 
 def _batch(network: Any, plan: Schedule, micro: Micro, arrange: Any, watch: str | None, device: torch.device) -> Batch:
@@ -441,16 +464,33 @@ def _batch(network: Any, plan: Schedule, micro: Micro, arrange: Any, watch: str 
     return Batch(views)
 
 
-def _freeze(network: nn.Module, trainable: Callable[[str], bool] | None) -> list[nn.Parameter]:
-    """The parameters set aside so that only the chosen ones train; raises where none is chosen."""
+@contextlib.contextmanager
+def _only(network: nn.Module, trainable: Callable[[str], bool] | None, training: Training) -> Iterator[None]:
+    """Inside, only the parameters of the chosen names train; raises where there are none."""
     if trainable is None:
-        return []
-    frozen = [parameter for name, parameter in network.named_parameters() if not trainable(name)]
-    if len(frozen) == sum(1 for _ in network.parameters()):
+        yield
+        return
+    if training.lora_rank:
+        raise PalimpsestError(
+            "lora_rank trains adapters of all linear layers, but this method chooses parameters. Set it to 0."
+        )
+    chosen = {name for name, weight in network.named_parameters() if weight.requires_grad and trainable(name)}
+    if not chosen:
         raise PalimpsestError("no parameter is left to train: the chosen names match none.")
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen
+    frozen = [weight for name, weight in network.named_parameters() if weight.requires_grad and name not in chosen]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(True)
+
+
+def _leave_mixed_precision(network: nn.Module) -> None:
+    """Takes off the wrappers that accelerate leaves around `forward`, so that the result computes as it is saved."""
+    for name in ("forward", "_original_forward"):
+        vars(network).pop(name, None)
 
 
 def _with_adapters(network: Any, training: Training) -> Any:
@@ -494,16 +534,16 @@ def _seconds(device: str, dtype: torch.dtype, trials: int) -> float:
 
 
 def _job_folder(folder: Path, model: Model, plan: Schedule, training: Training, run: Run) -> Path:
-    """A folder of its own for exactly this job, so that a checkpoint of another is never taken up."""
+    """A folder of its own for exactly this job: no checkpoint of another is taken up, an old one only to resume."""
     settings = json.dumps([dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
     job = Path(folder) / "checkpoints" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not run.resume:
+        shutil.rmtree(job, ignore_errors=True)
     job.mkdir(parents=True, exist_ok=True)
     return job
 
 
-def _last_good(job: Path | None) -> str | None:
+def _last_good(job: Path) -> str | None:
     """The newest checkpoint that was written to its end."""
-    if job is None:
-        return None
     whole = [path.parent for path in job.glob(f"checkpoint-*/{COMPLETE}")]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None

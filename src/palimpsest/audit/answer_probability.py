@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from palimpsest.audit.answers import ROLES, alternatives, answers
-from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.reading import Better, Reading, mean_value
 from palimpsest.data.records import Record, Roles
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -54,7 +54,7 @@ class AnswerProbability(Probe):
         for role in ROLES:
             if records := data.probe(role):
                 p = probabilities(model, records, run)
-                better = "lower" if role == "forget" else "higher"
+                better: Better = "lower" if role == "forget" else "higher"
                 values.append(mean_value(f"probability/{role}", p, better=better, seed=run.seed))
                 arrays[f"probability/{role}"] = p.tolist()
         return Reading(probe=self.facts.slug, values=tuple(values), arrays=arrays)

@@ -51,7 +51,8 @@ def scored(model: Model, sequences: Sequence[Encoded], run: Run) -> list[Answer]
         found = score(model, missing, run)
         parts = [found.split(x) for x in (found.log_prob, found.mean, found.deviation, found.correct)]
         for sequence, *values in zip(missing, *parts, strict=True):
-            known[(sequence.tokens, sequence.start)] = Answer(*values, sequence.end)
+            log_prob, mean, deviation, correct = values
+            known[(sequence.tokens, sequence.start)] = Answer(log_prob, mean, deviation, correct, sequence.end)
     return [known[(s.tokens, s.start)] for s in sequences]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
@@ -84,13 +85,15 @@ def audit(
     run = run or Run()
     chosen = probes() if probes_ is None else probes_
     readings, failures = [], []
-    prepare(model, data, run)
+    with contextlib.suppress(PalimpsestError):  # a probe that needs what cannot be scored says so itself
+        prepare(model, data, run)
     for probe in chosen:
         start = time.perf_counter()
         try:
             reading = probe.measure(model, data, run, gold=gold)
-        except (PalimpsestError, RuntimeError, ArithmeticError, LookupError) as error:
-            failures.append({"probe": probe.facts.slug, "error": f"{error}"})
+        except Exception as error:
+            told = f"{error}" if isinstance(error, PalimpsestError) else f"{type(error).__name__}: {error}"
+            failures.append({"probe": probe.facts.slug, "error": told})
             continue
         readings.append(dataclasses.replace(reading, seconds=time.perf_counter() - start))
     return Audit(tuple(readings), tuple(failures))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from palimpsest.audit.answers import answers
-from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.reading import Better, Reading, mean_value
 from palimpsest.data.records import Record, Roles
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -40,7 +40,7 @@ def _reading(slug: str, name: str, model: Model, data: Roles, run: Run, per_exam
     for role in ("forget", "retain"):
         if records := data.probe(role):
             x = [float(per_example(c)) for c in _correct(model, records, run) if len(c)]  # type: ignore[operator]
-            better = "lower" if role == "forget" else "higher"
+            better: Better = "lower" if role == "forget" else "higher"
             values.append(mean_value(f"{name}/{role}", x, better=better, seed=run.seed))
             arrays[f"{name}/{role}"] = x
     return Reading(probe=slug, values=tuple(values), arrays=arrays)

@@ -1,11 +1,11 @@
 """Membership inference: can an attacker tell the forget records from records that were never trained on?
 
 Six attacks, each a score per record (high: looks like a non-member) and its AUC over forget against holdout:
-1 = the forget records still look trained on, 0.5 = no better than chance, below 0.5 = over-forgotten. Blind where forget
-and holdout differ in more than membership: the gold model's AUC shows that, and is the value to come close to.
+1 = the forget records still look trained on, 0.5 = no better than chance, below 0.5 = over-forgotten. Blind where
+forget and holdout differ in more than membership: the gold model's AUC shows that, and is the value to come close to.
 
-Sources: loss, Yeom et al. 2018 (arXiv 1709.01604); zlib, Carlini et al. 2021 (arXiv 2012.07805); Min-K%, Shi et al. 2024
-(arXiv 2310.16789); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936); reference, Mireshghallah et al. 2022
+Sources: loss, Yeom et al. 2018 (arXiv 1709.01604); zlib, Carlini et al. 2021 (arXiv 2012.07805); Min-K%, Shi et al.
+2024 (arXiv 2310.16789); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936); reference, Mireshghallah et al. 2022
 (arXiv 2203.03929); gradient norm as in OpenUnlearning (the model stays in eval mode here).
 
     loss            A
@@ -53,7 +53,7 @@ def zlib_ratio(answer: Answer, text: str) -> float:
     return answer.mean_nll / len(zlib.compress(text.encode()))
 
 
-def auc(members: Sequence[float], others: Sequence[float]) -> float:
+def auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
     """P(score of an other > score of a member), ties counted half."""
     m, o = np.asarray(members)[:, None], np.asarray(others)[None, :]
     return float((o > m).mean() + 0.5 * (o == m).mean())
@@ -96,10 +96,12 @@ class Membership(Probe):
     """The AUC of six attacks that tell the forget records from never-seen ones."""
 
     k: float = setting(
-        0.4, above=0, at_most=1, origin="MUSE, OpenUnlearning", help="share of tokens for Min-K% and Min-K%++"
+        default=0.4, above=0, at_most=1, origin="MUSE, OpenUnlearning", help="share of tokens for Min-K% and Min-K%++"
     )
-    gradients: bool = setting(True, origin="OpenUnlearning", help="also the gradient norm: one backward pass a record")
-    most: int = setting(200, at_least=5, origin="ours", help="records of each group for the gradient norm")
+    gradients: bool = setting(
+        default=True, origin="OpenUnlearning", help="also the gradient norm: one backward pass a record"
+    )
+    most: int = setting(default=200, at_least=5, origin="ours", help="records of each group for the gradient norm")
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`auc/<attack>` with bootstrap intervals, and the scores of both groups."""
@@ -139,7 +141,7 @@ class Membership(Probe):
 class PrivLeak(Probe):
     """Min-K% membership relative to gold, per cent: -100 still memorised, 0 good, above 0 over-forgotten."""
 
-    k: float = setting(0.4, above=0, at_most=1, origin="MUSE", help="share of tokens")
+    k: float = setting(default=0.4, above=0, at_most=1, origin="MUSE", help="share of tokens")
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`privleak` = 100 (a - a_ref) / a_ref with a = 1 - AUC of Min-K%; a_ref is 0.5 where there is no gold."""
@@ -153,7 +155,8 @@ class PrivLeak(Probe):
         f, h = np.array(forget), np.array(holdout)
 
         area = auc_value("a", f, h, run.seed)
-        assert area.low is not None and area.high is not None
+        assert area.low is not None
+        assert area.high is not None
         value = Value(
             name="privleak",
             value=privleak(1 - area.value, reference),

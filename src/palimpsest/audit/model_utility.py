@@ -41,7 +41,7 @@ def harmonic_mean(values: Sequence[float]) -> float:
 class ModelUtility(Probe):
     """The harmonic mean of probability, ROUGE-L recall and truth ratio over retain, real and world."""
 
-    max_new_tokens: int = setting(200, at_least=1, origin="paper", help="longest answer, tokens")
+    max_new_tokens: int = setting(default=200, at_least=1, origin="paper", help="longest answer, tokens")
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`model_utility` with a bootstrap interval that resamples the examples of every set."""

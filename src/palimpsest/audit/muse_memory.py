@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from palimpsest.audit.answers import asked
-from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.reading import Better, Reading, mean_value
 from palimpsest.audit.rouge_recall import rouge_l
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record, Roles
@@ -38,8 +38,10 @@ END_OF_ANSWER = re.compile(r"\n\n|\nQuestion|Question:")
 class VerbatimMemory(Probe):
     """ROUGE-L F1 of the greedy continuation of the first half of each forget record."""
 
-    max_new_tokens: int = setting(128, at_least=1, origin="paper", help="longest continuation, tokens")
-    given: float = setting(0.5, above=0, below=1, origin="ours", help="share of the scored tokens that is given")
+    max_new_tokens: int = setting(default=128, at_least=1, origin="paper", help="longest continuation, tokens")
+    given: float = setting(
+        default=0.5, above=0, below=1, origin="ours", help="share of the scored tokens that is given"
+    )
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`verbatim_memory/forget`."""
@@ -67,8 +69,10 @@ class VerbatimMemory(Probe):
 class KnowledgeMemory(Probe):
     """ROUGE-L F1 of few-shot answers on forget and retain questions."""
 
-    max_new_tokens: int = setting(32, at_least=1, origin="paper", help="longest answer, tokens")
-    shots: int = setting(2, at_least=0, origin="ours", help="solved examples before each question, from real or world")
+    max_new_tokens: int = setting(default=32, at_least=1, origin="paper", help="longest answer, tokens")
+    shots: int = setting(
+        default=2, at_least=0, origin="ours", help="solved examples before each question, from real or world"
+    )
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`knowledge_memory/<role>` for forget and retain."""
@@ -77,7 +81,7 @@ class KnowledgeMemory(Probe):
         for role in ("forget", "retain"):
             if records := asked(data.probe(role)):
                 x = self._scores(model, records, examples, run)
-                better = "lower" if role == "forget" else "higher"
+                better: Better = "lower" if role == "forget" else "higher"
                 values.append(mean_value(f"knowledge_memory/{role}", x, better=better, seed=run.seed))
                 arrays[f"knowledge_memory/{role}"] = x
         if not values:

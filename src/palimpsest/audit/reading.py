@@ -13,7 +13,7 @@ Better = Literal["higher", "lower", "gold", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Value:
-    """One number. `better` says which way is good for an erasure; `gold` means: as close to the gold model as can be."""
+    """One number. `better` says which way is good for an erasure; `gold`: as close to the gold model as can be."""
 
     name: str
     value: float
@@ -51,7 +51,9 @@ class Reading:
         return cls(**{**saved, "values": values, "caveats": tuple(saved["caveats"])})
 
 
-def mean_value(name: str, samples: Sequence[float], *, unit: str = "", better: Better = "none", seed: int = 0) -> Value:
+def mean_value(
+    name: str, samples: Sequence[float] | np.ndarray, *, unit: str = "", better: Better = "none", seed: int = 0
+) -> Value:
     """The mean of per-example numbers with its 95 % bootstrap interval over examples."""
     return bootstrap_value(name, np.asarray(samples, dtype=float), np.mean, unit=unit, better=better, seed=seed)
 

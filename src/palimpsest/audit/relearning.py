@@ -17,7 +17,7 @@ import numpy as np
 
 from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.reading import Reading, Value
-from palimpsest.data.records import Record, Roles
+from palimpsest.data.records import Record, Roles, digest
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -42,10 +42,12 @@ def robustness(gain_gold: float, gain: float) -> float:
 class Relearning(Probe):
     """How fast the untaught forget records return when a part of the forget set is learned again."""
 
-    share: float = setting(0.2, above=0, below=1, origin="card: 10-20 %", help="share of the forget set that is taught")
-    points: int = setting(4, at_least=1, origin="ours", help="how often the curve is measured")
+    share: float = setting(
+        default=0.2, above=0, below=1, origin="card: 10-20 %", help="share of the forget set that is taught"
+    )
+    points: int = setting(default=4, at_least=1, origin="ours", help="how often the curve is measured")
     training: Training = setting(
-        Training(learning_rate=5e-5, epochs=8, batch_size=4, warmup_epochs=0.0, decay="constant"),
+        default=Training(learning_rate=5e-5, epochs=8, batch_size=4, warmup_epochs=0.0, decay="constant"),
         origin="ours",
         help="how the attacker trains",
     )
@@ -74,7 +76,8 @@ class Relearning(Probe):
         )
 
     def _curve(self, model: Model, teach: list[Record], rest: list[Record], run: Run) -> tuple[list[int], list[float]]:
-        known = run.cache.setdefault(("relearning", model.digest(), self, run.seed, len(rest)), {})
+        key = ("relearning", model.digest(), self, run.seed, digest(teach), digest(rest))
+        known = run.cache.setdefault(key, {})
         if not known:
             plan = schedule(model, self.training, run, teach=teach)
             total = len(plan.steps)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from palimpsest.audit.answers import ROLES, asked, generated
-from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.reading import Better, Reading, mean_value
 from palimpsest.data.records import Record, Roles
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -50,7 +50,7 @@ def recalls(model: Model, records: list[Record], run: Run, max_new_tokens: int) 
 class RougeRecall(Probe):
     """The mean ROUGE-L recall of the greedy answers of every role."""
 
-    max_new_tokens: int = setting(200, at_least=1, origin="paper", help="longest answer, tokens")
+    max_new_tokens: int = setting(default=200, at_least=1, origin="paper", help="longest answer, tokens")
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`rouge/<role>` with its bootstrap interval over examples."""
@@ -58,7 +58,7 @@ class RougeRecall(Probe):
         for role in ROLES:
             if records := asked(data.probe(role)):
                 recall = recalls(model, records, run, self.max_new_tokens)
-                better = "lower" if role == "forget" else "higher"
+                better: Better = "lower" if role == "forget" else "higher"
                 values.append(mean_value(f"rouge/{role}", recall, better=better, seed=run.seed))
                 arrays[f"rouge/{role}"] = recall.tolist()
         return Reading(probe=self.facts.slug, values=tuple(values), arrays=arrays)

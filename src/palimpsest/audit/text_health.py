@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from palimpsest.audit.answers import asked, generated, scored
-from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.reading import Better, Reading, mean_value
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Roles
 from palimpsest.data.refusals import is_refusal
@@ -42,9 +42,9 @@ def repetition(text: str, size: int = 4) -> float:
 class TextHealth(Probe):
     """Repetition, refusals and gibberish in the greedy answers of every role."""
 
-    max_new_tokens: int = setting(200, at_least=1, origin="as ROUGE-L recall", help="longest answer, tokens")
+    max_new_tokens: int = setting(default=200, at_least=1, origin="as ROUGE-L recall", help="longest answer, tokens")
     limit: float = setting(
-        5.0, above=0, origin="ours", help="nats a token under the judge above which an answer is gibberish"
+        default=5.0, above=0, origin="ours", help="nats a token under the judge above which an answer is gibberish"
     )
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
@@ -65,7 +65,7 @@ class TextHealth(Probe):
             ]
             refused = [float(is_refusal(text)) for text in texts]
             for name, x in (("repetition", repeated), ("refusals", refused), ("gibberish", gibberish)):
-                better = "none" if name == "refusals" and role == "forget" else "lower"
+                better: Better = "none" if name == "refusals" and role == "forget" else "lower"
                 values.append(mean_value(f"{name}/{role}", x, better=better, seed=run.seed))
                 arrays[f"{name}/{role}"] = np.asarray(x, dtype=float).tolist()
         caveats = (

@@ -61,7 +61,9 @@ def ratios(model: Model, records: list[Record], run: Run, mean: Mean = "geometri
 class TruthRatio(Probe):
     """The truth ratio of every role whose records have wrong answers."""
 
-    mean: Mean = setting("geometric", origin="paper; its utility code: arithmetic", help="mean over the wrong answers")
+    mean: Mean = setting(
+        default="geometric", origin="paper; its utility code: arithmetic", help="mean over the wrong answers"
+    )
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`truth_ratio/<role>`, and R of each example as the array of that name."""

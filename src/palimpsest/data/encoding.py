@@ -30,6 +30,12 @@ class Encoded:
     cut: int = 0
     end: int = 0
 
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise PalimpsestError(f"sequence {self.index + 1} scores its first token, which nothing predicts.")
+        if self.start >= len(self.tokens):
+            raise PalimpsestError(f"sequence {self.index + 1} has no token to score.")
+
     @property
     def targets(self) -> tuple[int, ...]:
         """The scored tokens."""
@@ -100,9 +106,8 @@ class Encoder:
         cut = [sequence for sequence in encoded if sequence.cut]
         if cut and warn is not None:
             lost = sum(sequence.cut for sequence in cut)
-            warn(
-                f"{len(cut)} of {len(encoded)} records are longer than {self.max_length} tokens; {lost} tokens were cut."
-            )
+            many = f"{len(cut)} of {len(encoded)} records are"
+            warn(f"{many} longer than {self.max_length} tokens; {lost} tokens were cut.")
         return encoded
 
     def _fit(self, tokens: tuple[int, ...], start: int, index: int, end: int = 0) -> Encoded:

@@ -1,9 +1,9 @@
 """Many token sequences as one row without padding, and every shared beginning computed once.
 
-The sequences are merged into a trie: a token that several of them have in common, with the same tokens before it, is
-one node. A node attends to its ancestors only and has its depth as its position, so each sequence is computed exactly as
-if it stood alone. A chat template in front of every question, and a question in front of its seven candidate answers,
-are paid for once. The row goes to the model with a 4-D mask, and logits are asked for only where a target is scored.
+The sequences are merged into a trie: a token that several of them have in common, after the same tokens, is one node. A
+node attends to its ancestors only and has its depth as its position, so each sequence is computed exactly as if it
+stood alone. A chat template in front of every question, and a question in front of its seven candidate answers, are
+paid for once. The row goes to the model with a 4-D mask, and logits are asked for only where a target is scored.
 
     tokens     [nodes]         one token a node, parents before children
     positions  [nodes]         depth
@@ -20,6 +20,7 @@ sequence, padded on the right, with the same three target arrays.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -145,12 +146,25 @@ def _targets(sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
 
 
 def packer(network: Any) -> Pack:
-    """`pack` where the network computes packed sequences exactly as single ones (tried on two short ones), else `pad`."""
+    """`pack` where the network computes packed sequences exactly as single ones (tried on two short ones), else `pad`.
+
+    Layers that attend to a window only have it in a mask of their own, which ours would replace: sequences longer than
+    the window are padded.
+    """
     known = getattr(network, "_palimpsest_packs", None)
     if known is None:
         known = _packs_exactly(network)
         network._palimpsest_packs = known
-    return pack if known else pad
+    if not known:
+        return pad
+    window = _window(network.config.get_text_config())
+    return lambda sequences: pack(sequences) if max(len(s.tokens) for s in sequences) <= window else pad(sequences)
+
+
+def _window(config: Any) -> float:
+    """How far back, in tokens, the most short-sighted layer looks."""
+    stated = (getattr(config, field, None) for field in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in stated if window), default=math.inf)
 
 
 @torch.no_grad()

@@ -44,7 +44,8 @@ class Record:
     @property
     def key(self) -> str:
         """What makes two records the same thing to remember: their content without the measuring fields."""
-        return _canonical({"text": self.text, "prompt": self.prompt, "answer": self.answer, "messages": self.messages})
+        content = ("text", "prompt", "answer", "messages", "image", "label")
+        return _canonical({name: getattr(self, name) for name in content})
 
     @property
     def title(self) -> str:

@@ -89,13 +89,13 @@ def everywhere(model: Model, records: list[Record], training: Training) -> list[
 class GradientAscent(Method):
     """Raises the loss on the forget answers; `retain` chooses what holds the rest."""
 
-    retain: Leash = setting("none", origin="paper, section 3.2", help="what holds the retained knowledge")
+    retain: Leash = setting(default="none", origin="paper, section 3.2", help="what holds the retained knowledge")
     positions: Literal["labels", "all"] = setting(
-        "labels", origin="ours; the paper's code: all", help="where KL is taken"
+        default="labels", origin="ours; the paper's code: all", help="where KL is taken"
     )
-    forget_weight: float = setting(1.0, above=0, origin="OpenUnlearning", help="gamma")
-    retain_weight: float = setting(1.0, at_least=0, origin="OpenUnlearning", help="alpha")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    forget_weight: float = setting(default=1.0, above=0, origin="OpenUnlearning", help="gamma")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="OpenUnlearning", help="alpha")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the ascent."""

@@ -15,6 +15,8 @@ cross-entropy to the reference, which differs from the divergence by a constant 
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,15 +42,17 @@ from palimpsest.train import Batch, Training, schedule, train
 class LLMU(Method):
     """Ascent on the forget answers, random answers instead, and predictions held on the retain set."""
 
-    forget_weight: float = setting(0.5, above=0, origin="official code", help="weight of the ascent")
-    random_weight: float = setting(1.0, at_least=0, origin="official code", help="weight of the random answers")
-    normal_weight: float = setting(1.0, at_least=0, origin="official code", help="weight of the divergence")
-    answers: int = setting(5, at_least=1, origin="official code", help="K, random answers a forget prompt")
+    forget_weight: float = setting(default=0.5, above=0, origin="official code", help="weight of the ascent")
+    random_weight: float = setting(default=1.0, at_least=0, origin="official code", help="weight of the random answers")
+    normal_weight: float = setting(default=1.0, at_least=0, origin="official code", help="weight of the divergence")
+    answers: int = setting(default=5, at_least=1, origin="official code", help="K, random answers a forget prompt")
     enough: float = setting(
-        100.0, above=0, origin="official code", help="stop when the forget loss exceeds this, nats a token"
+        default=100.0, above=0, origin="official code", help="stop when the forget loss exceeds this, nats a token"
     )
     training: Training = setting(
-        Training(learning_rate=2e-6, epochs=1000, max_steps=1000, batch_size=2, decay="constant", warmup_epochs=0.0),
+        default=Training(
+            learning_rate=2e-6, epochs=1000, max_steps=1000, batch_size=2, decay="constant", warmup_epochs=0.0
+        ),
         origin="official code",
         help="how to train",
     )
@@ -56,7 +60,7 @@ class LLMU(Method):
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the three forces."""
         drawn = other_answers(model, data.forget, answers_of(data.retain), self.training)
-        randoms = {f"random_{k}": drawn for k in range(self.answers)}
+        randoms: dict[str, Any] = {f"random_{k}": drawn for k in range(self.answers)}
         plan = schedule(model, self.training, run, forget=data.forget, normal=data.retain, **randoms)
         divergence = retain_loss("kl", model, plan, run, role="normal")
         latest = 0.0

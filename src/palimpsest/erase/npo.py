@@ -47,11 +47,11 @@ def npo_loss(nll: Float[Tensor, " batch"], reference_nll: Float[Tensor, " batch"
 class NPO(Method):
     """Pushes the forget answers down relative to the model as given; holds `retain` where it is given."""
 
-    beta: float = setting(0.1, above=0, origin="paper, section 4.1", help="how fast the push fades")
-    retain: Leash = setting("cross-entropy", origin="OpenUnlearning", help="what holds the retained knowledge")
-    forget_weight: float = setting(1.0, above=0, origin="OpenUnlearning", help="gamma")
-    retain_weight: float = setting(1.0, at_least=0, origin="OpenUnlearning", help="alpha")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    beta: float = setting(default=0.1, above=0, origin="paper, section 4.1", help="how fast the push fades")
+    retain: Leash = setting(default="cross-entropy", origin="OpenUnlearning", help="what holds the retained knowledge")
+    forget_weight: float = setting(default=1.0, above=0, origin="OpenUnlearning", help="gamma")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="OpenUnlearning", help="alpha")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the push."""

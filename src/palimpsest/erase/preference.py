@@ -1,8 +1,8 @@
 """Preference optimisation (PO) and IdkDPO: teach another answer to the forget questions.
 
 PO fine-tunes on a refusal ("I don't know") or, as `mismatch`, on an answer to some other question; IdkDPO prefers the
-refusal to the true answer by direct preference optimisation. All leave fluent answers; PO only covers the old answer up,
-which a relearning attack shows. Use them where a polite refusal is what is wanted.
+refusal to the true answer by direct preference optimisation. All leave fluent answers; PO only covers the old answer
+up, which a relearning attack shows. Use them where a polite refusal is what is wanted.
 
 Source: TOFU (Maini et al. 2024, arXiv 2401.06121), section 3.2; Rafailov et al. 2023 (arXiv 2305.18290) for DPO;
 OpenUnlearning. Differs: PO sums the two means, while TOFU's code takes one token-weighted mean over both
@@ -88,12 +88,12 @@ def answers_of(records: list[Record]) -> list[str]:
 class PreferenceOptimisation(Method):
     """Fine-tunes on another answer to the forget questions while holding `retain`."""
 
-    instead: Literal["refusal", "mismatch"] = setting("refusal", origin="paper", help="what to answer instead")
+    instead: Literal["refusal", "mismatch"] = setting(default="refusal", origin="paper", help="what to answer instead")
     concatenated: bool = setting(
-        False, origin="ours; the paper's code: True", help="one token-weighted mean over both sets"
+        default=False, origin="ours; the paper's code: True", help="one token-weighted mean over both sets"
     )
-    retain_weight: float = setting(1.0, at_least=0, origin="paper", help="alpha, ignored where concatenated")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="paper", help="alpha, ignored where concatenated")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after learning the other answers."""
@@ -123,10 +123,10 @@ class PreferenceOptimisation(Method):
 class IdkDPO(Method):
     """Prefers a refusal to the forget answer; holds `retain` where it is given."""
 
-    beta: float = setting(0.1, above=0, origin="OpenUnlearning", help="inverse temperature")
-    forget_weight: float = setting(1.0, above=0, origin="OpenUnlearning", help="gamma")
-    retain_weight: float = setting(1.0, at_least=0, origin="OpenUnlearning", help="alpha")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    beta: float = setting(default=0.1, above=0, origin="OpenUnlearning", help="inverse temperature")
+    forget_weight: float = setting(default=1.0, above=0, origin="OpenUnlearning", help="gamma")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="OpenUnlearning", help="alpha")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after preferring refusals."""

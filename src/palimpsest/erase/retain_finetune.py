@@ -27,7 +27,7 @@ from palimpsest.train import Training, schedule, train
 class RetainFinetune(Method):
     """Trains on the role `retain` only."""
 
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after more of what it should keep."""

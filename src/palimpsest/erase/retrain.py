@@ -30,8 +30,12 @@ from palimpsest.write.finetune import Finetune
 class Retrain(Method):
     """Repeats the fine-tuning of the ledger on the retain set, from where it started."""
 
-    base: str | None = setting(None, origin="the ledger", help="model before it learned; None: the ledger's source")
-    training: Training | None = setting(None, origin="the ledger", help="how it learned; None: as the ledger says")
+    base: str | None = setting(
+        default=None, origin="the ledger", help="model before it learned; None: the ledger's source"
+    )
+    training: Training | None = setting(
+        default=None, origin="the ledger", help="how it learned; None: as the ledger says"
+    )
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model that never saw the forget set."""

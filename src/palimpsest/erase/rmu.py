@@ -77,17 +77,17 @@ class RMU(Method):
     """Steers one block's output on forget tokens to a random direction; holds it on retain tokens."""
 
     layer: int | None = setting(
-        None,
+        default=None,
         at_least=0,
         origin="OpenUnlearning: 7 of 16",
         help="block whose output is steered; None: at 7/16 of the depth",
     )
     steering: float = setting(
-        2.0, above=0, origin="OpenUnlearning; WMDP 7B: about 6.5", help="c, norm of the direction"
+        default=2.0, above=0, origin="OpenUnlearning; WMDP 7B: about 6.5", help="c, norm of the direction"
     )
-    forget_weight: float = setting(1.0, above=0, origin="OpenUnlearning", help="gamma")
-    retain_weight: float = setting(1.0, at_least=0, origin="OpenUnlearning; WMDP 7B: about 1200", help="alpha")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    forget_weight: float = setting(default=1.0, above=0, origin="OpenUnlearning", help="gamma")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="OpenUnlearning; WMDP 7B: about 1200", help="alpha")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the steering."""

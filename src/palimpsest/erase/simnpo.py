@@ -47,12 +47,12 @@ class SimNPO(Method):
     """Pushes the length-normalised forget likelihoods down to a margin, and holds `retain`."""
 
     beta: float = setting(
-        4.5, above=0, origin="OpenUnlearning; authors' TOFU forget05: 2.5", help="how fast the push fades"
+        default=4.5, above=0, origin="OpenUnlearning; authors' TOFU forget05: 2.5", help="how fast the push fades"
     )
-    delta: float = setting(0.0, at_least=0, origin="OpenUnlearning", help="margin, nats a token")
-    forget_weight: float = setting(0.125, above=0, origin="OpenUnlearning; authors: 0.1375", help="gamma")
-    retain_weight: float = setting(1.0, at_least=0, origin="OpenUnlearning", help="alpha")
-    training: Training = setting(Training(), origin="OpenUnlearning", help="how to train")
+    delta: float = setting(default=0.0, at_least=0, origin="OpenUnlearning", help="margin, nats a token")
+    forget_weight: float = setting(default=0.125, above=0, origin="OpenUnlearning; authors: 0.1375", help="gamma")
+    retain_weight: float = setting(default=1.0, at_least=0, origin="OpenUnlearning", help="alpha")
+    training: Training = setting(default=Training(), origin="OpenUnlearning", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the push."""

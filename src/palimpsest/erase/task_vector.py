@@ -45,9 +45,11 @@ def negate(network: torch.nn.Module, further: torch.nn.Module, alpha: float) -> 
 class TaskVector(Method):
     """Subtracts what further fine-tuning on the forget set would add."""
 
-    alpha: float = setting(5.0, above=0, origin="MUSE", help="how far to step")
+    alpha: float = setting(default=5.0, above=0, origin="MUSE", help="how far to step")
     training: Training = setting(
-        Training(decay="constant", weight_decay=0.0, warmup_epochs=0.0), origin="MUSE", help="how to learn the vector"
+        default=Training(decay="constant", weight_decay=0.0, warmup_epochs=0.0),
+        origin="MUSE",
+        help="how to learn the vector",
     )
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:

@@ -71,13 +71,15 @@ class WHP(Method):
     """Fine-tunes on generic continuations of the forget records."""
 
     alpha: float = setting(
-        1.0, above=0, origin="MUSE; the paper: 5", help="how strongly reinforced tokens are held down"
+        default=1.0, above=0, origin="MUSE; the paper: 5", help="how strongly reinforced tokens are held down"
     )
     reinforce: Training = setting(
-        Training(learning_rate=1e-5, epochs=3), origin="paper, section 2.1: 3 epochs", help="how the copy is reinforced"
+        default=Training(learning_rate=1e-5, epochs=3),
+        origin="paper, section 2.1: 3 epochs",
+        help="how the copy is reinforced",
     )
     training: Training = setting(
-        Training(epochs=2), origin="paper, section 4: 2 epochs", help="how the target is trained"
+        default=Training(epochs=2), origin="paper, section 4: 2 epochs", help="how the target is trained"
     )
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:

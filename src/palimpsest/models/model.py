@@ -75,9 +75,12 @@ class Model:
         return greedy_answers(self, questions, Run(progress=False), max_new_tokens=max_new_tokens)
 
     def digest(self) -> str:
-        """SHA-256 of the weights in memory; computed again only after they changed."""
+        """SHA-256 of the weights in memory; computed again only after they changed.
+
+        A change shows in the version or, since fused optimizers leave that as it is, in the sum of a tensor.
+        """
         tensors = (*self.network.parameters(), *self.network.buffers())
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        version = tuple((t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float32))) for t in tensors)
         if getattr(self, "_digest", (None, ""))[0] != version:
             self._digest = (version, weights_digest(self.network.state_dict()))
         return self._digest[1]

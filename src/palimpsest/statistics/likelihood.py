@@ -56,15 +56,15 @@ def token_scores(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of each target, mean and standard deviation of the log-probability, whether it is the argmax.
 
-    mean = sum_v p log p; deviation^2 = sum_v p (log p)^2 - mean^2, clamped at 1e-6.
+    mean = sum_v p log p; deviation^2 = sum_v p (log p - mean)^2, clamped at 1e-6.
     """
     log_p = logits.log_softmax(-1)
+    log_prob = log_p.gather(1, targets[:, None])[:, 0]
     p = log_p.exp()
-    weighted = p.mul_(log_p)
-    mean = weighted.sum(-1)
-    second = torch.einsum("tv,tv->t", weighted, log_p)
-    deviation = (second - mean.square()).clamp_min(1e-6).sqrt()
-    return log_p.gather(1, targets[:, None])[:, 0], mean, deviation, logits.argmax(-1) == targets
+    mean = torch.einsum("tv,tv->t", p, log_p)
+    spread = log_p.sub_(mean[:, None]).square_()
+    deviation = torch.einsum("tv,tv->t", p, spread).clamp_min(1e-6).sqrt()
+    return log_prob, mean, deviation, logits.argmax(-1) == targets
 
 
 @torch.no_grad()

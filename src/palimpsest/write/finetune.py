@@ -28,7 +28,7 @@ class Finetune(Method):
     """Trains on the role `train` until the model recites it."""
 
     training: Training = setting(
-        Training(learning_rate=1e-4, epochs=8, batch_size=8, warmup_epochs=0.5),
+        default=Training(learning_rate=1e-4, epochs=8, batch_size=8, warmup_epochs=0.5),
         origin="ours: 100 question-answer pairs are recited by the embedded model",
         help="how to train",
     )

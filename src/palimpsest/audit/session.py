@@ -1,0 +1,192 @@
+"""Measured models as evidence for a report: one at a time, or a whole audit of saved models."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palimpsest import __version__
+from palimpsest.audit.answers import asked, generated
+from palimpsest.audit.battery import audit, probes
+from palimpsest.data.records import Record, Roles, digest
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.report.evidence import (
+    Answer,
+    Cost,
+    Data,
+    Evidence,
+    Failure,
+    LayerNorm,
+    ModelEvidence,
+    Part,
+    RoleData,
+    Weights,
+    save,
+)
+from palimpsest.run import Run, console
+from palimpsest.statistics.change import weight_change
+from palimpsest.system import Probe, catalogue
+
+SHOWN = {"forget": 24, "retain": 8}
+"""How many answers of each role a report shows."""
+TITLES = {"before": "before", "gold": "gold: never saw the forget set"}
+
+
+def measure(
+    name: str,
+    part: Part,
+    model: Model,
+    data: Roles,
+    run: Run,
+    battery: Sequence[Probe],
+    *,
+    gold: Model | None = None,
+    before: Model | None = None,
+    max_new_tokens: int = 200,
+) -> ModelEvidence:
+    """One model measured: readings, answers, what changed against `before`, and what its ledger says."""
+    found = audit(model, data, battery, run, gold=gold)
+    entry = model.ledger.entries[-1] if model.ledger.entries else None
+    facts = catalogue().get(entry.method) if entry is not None else None
+    return ModelEvidence(
+        name=name,
+        part=part,
+        title=TITLES.get(part) or (facts.title if facts is not None else name),
+        method=entry.method if entry is not None and part not in TITLES else None,
+        fidelity=facts.fidelity if facts is not None else "",
+        deviations=facts.deviations if facts is not None else (),
+        settings=entry.settings if entry is not None else {},
+        seed=run.seed,
+        cost=Cost(seconds=entry.seconds, peak_bytes=entry.peak_bytes) if entry is not None else Cost(),
+        readings=found.readings,
+        failures=tuple(Failure(**failure) for failure in found.failures),
+        answers=answers_shown(model, data, run, max_new_tokens),
+        weights=changed(before, model) if before is not None and before is not model else None,
+        ledger=dataclasses.asdict(model.ledger),
+    )
+
+
+def answers_shown(model: Model, data: Roles, run: Run, max_new_tokens: int) -> tuple[Answer, ...]:
+    """The model's answers to the first prompts of the forget and retain sets."""
+    shown = []
+    for role, most in SHOWN.items():
+        records = asked(data.probe(role))[:most]
+        for record, text in zip(records, generated(model, records, run, max_new_tokens), strict=True):
+            shown.append(Answer(role=role, prompt=record.prompt or "", reference=record.answer or "", answer=text))
+    return tuple(shown)
+
+
+def changed(before: Model, after: Model) -> Weights | None:
+    """What the report says about the difference between two models; None where they have other weights altogether."""
+    shapes = [{name: w.shape for name, w in m.network.named_parameters()} for m in (before, after)]
+    if shapes[0] != shapes[1]:
+        return None
+    change = weight_change(before.network, after.network)
+    norms = tuple(
+        LayerNorm(layer=layer, part=part, relative=x) for (layer, part), x in change.relative.items() if layer
+    )
+    return Weights(changed=change.changed, total=change.total, norms=norms)
+
+
+def described(
+    title: str,
+    models: Sequence[ModelEvidence],
+    data: Roles,
+    *,
+    question: str = "",
+    source: str = "",
+    command: str = "",
+    seeds: Sequence[int] = (0,),
+    default: str | None = None,
+) -> Evidence:
+    """The evidence of measured models with its provenance."""
+    return Evidence(
+        title=title,
+        question=question,
+        command=command,
+        created=datetime.date.today().isoformat(),
+        versions=versions(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        seeds=tuple(seeds),
+        data=Data(source=source, roles={role: _role(records) for role, records in data.items()}),
+        default=default,
+        models=tuple(models),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy")
+    own = {"palimpsest": __version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in names}
+
+
+def _role(records: Sequence[Record]) -> RoleData:
+    subjects = tuple(dict.fromkeys(record.subject for record in records if record.subject))
+    return RoleData(records=len(records), subjects=subjects[:50], digest=digest(records))
+
+
+def audit_saved(
+    models: Sequence[str],
+    data: Roles,
+    out: Path,
+    run: Run,
+    *,
+    before: str | None = None,
+    gold: str | None = None,
+    battery: Sequence[Any] | None = None,
+    max_new_tokens: int = 200,
+    source: str = "",
+    command: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Measures saved models and writes `evidence.json` and `report.html` into `out`; returns the page."""
+    from palimpsest.models.loading import load
+    from palimpsest.report import page
+
+    if (out / "evidence.json").exists() and not overwrite:
+        raise PalimpsestError(f"{out} already holds evidence. Choose another folder, or pass --overwrite.")
+    if not any(data.probe(role) for role in ("forget", "retain")):
+        raise PalimpsestError("an audit needs the role forget or retain. Pass --data with --forget-subject, or --role.")
+    chosen = probes(battery, max_new_tokens=max_new_tokens)
+    reference = load(gold, run=run) if gold is not None else None
+    original = load(before, run=run) if before is not None else None
+    measured = []
+    for part, name in [("before", before), ("gold", gold), *(("erased", model) for model in models)]:
+        if name is None:
+            continue
+        model = {"before": original, "gold": reference}.get(part) or load(name, run=run)
+        label = part if part != "erased" else _label(model, name, [m.name for m in measured])
+        if run.progress:
+            console().print(f"measuring {label}")
+        measured.append(
+            measure(
+                label, part, model, data, run, chosen, gold=reference, before=original, max_new_tokens=max_new_tokens
+            )  # type: ignore[arg-type]
+        )
+    found = described(
+        f"Audit of {', '.join(models)}",
+        measured,
+        data,
+        question="What is left of the records that should be forgotten?",
+        source=source,
+        command=command,
+        seeds=(run.seed,),
+        default=next((m.method for m in measured if m.part == "erased"), None),
+    )
+    save(found, out / "evidence.json")
+    return page.write(found, out / "report.html")
+
+
+def _label(model: Model, path: str, taken: Sequence[str]) -> str:
+    """The method that made the model, else its folder; numbered where it is taken."""
+    name = model.ledger.entries[-1].method if model.ledger.entries else Path(path).name
+    number = sum(other == name or other.startswith(f"{name} ") for other in taken)
+    return name if not number else f"{name} {number + 1}"

@@ -1,0 +1,155 @@
+"""One table for everything: methods x probes x seeds on one task, resumable, each cell computed once.
+
+A task says where the model starts, what it learns, what is to be forgotten and how it is measured. For every seed the
+model learns all (`before`) and all but the forget set (`gold`); every method starts from `before`, and the same audit
+judges them all. A cell is filed under the digest of everything that decides it, so asking again costs nothing and a
+changed setting is never mixed up with an old result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from palimpsest import __version__
+from palimpsest.audit.session import described, measure
+from palimpsest.data.records import Roles
+from palimpsest.models.model import Model
+from palimpsest.report.evidence import Evidence, ModelEvidence, Part, write_atomically
+from palimpsest.run import Run, console
+from palimpsest.system import Method, Probe, slug_of, to_dict
+from palimpsest.write.finetune import Finetune
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is compared: a start, what it learns, what it should forget, and the measures.
+
+    `start(seed)` gives the model before it learned anything; `roles(seed)` the data.
+    """
+
+    name: str
+    question: str
+    source: str
+    start: Callable[[int], Model]
+    roles: Callable[[int], Roles]
+    learn: Finetune
+    probes: tuple[Probe, ...]
+    max_new_tokens: int
+    command: str = ""
+
+
+def compare(
+    task: Task,
+    methods: Sequence[Method],
+    folder: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    run: Run | None = None,
+    default: str | None = None,
+    keep_models: bool = False,
+) -> Evidence:
+    """The evidence on all methods and seeds; cells that are in the folder already are not computed again."""
+    run = run or Run()
+    folder = Path(folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    models: list[ModelEvidence] = []
+    for seed in seeds:
+        models += _Cells(task, folder, run.replace(seed=seed, cache={})).of(methods)
+    if not keep_models:
+        shutil.rmtree(folder / "models", ignore_errors=True)
+    return described(
+        task.name,
+        models,
+        task.roles(seeds[0]),
+        question=task.question,
+        source=task.source,
+        command=task.command,
+        seeds=seeds,
+        default=default,
+    )
+
+
+class _Cells:
+    """All cells of one seed. Models are made only when a cell that needs them is missing."""
+
+    def __init__(self, task: Task, folder: Path, run: Run) -> None:
+        self.task, self.folder, self.run = task, folder, run
+        self.roles = task.roles(run.seed)
+        self._models: dict[str, Model] = {}
+
+    def of(self, methods: Sequence[Method]) -> list[ModelEvidence]:
+        learned = [self._cell("before", None), self._cell("gold", None)]
+        return learned + [self._cell("erased", method) for method in methods]
+
+    def _cell(self, part: Part, method: Method | None) -> ModelEvidence:
+        path = self.folder / "cells" / f"{self._key(part, method)}.json"
+        if path.exists():
+            return _read(path)
+        name = part if method is None else slug_of(method)
+        if self.run.progress:
+            console().print(f"[bold]{name}[/bold], seed {self.run.seed}")
+        made = self._erased(method) if method is not None else self._learned(part)
+        cell = self._measured(name, part, made)
+        write_atomically(path, json.dumps(Evidence(title="", models=(cell,)).to_dict()["models"][0], allow_nan=False))
+        return _read(path)
+
+    def _key(self, part: Part, method: Method | None) -> str:
+        decides = {
+            "version": __version__,
+            "task": self.task.name,
+            "data": self.roles.digest(),
+            "learn": to_dict(self.task.learn),
+            "probes": [(probe.facts.slug, to_dict(probe)) for probe in self.task.probes],
+            "tokens": self.task.max_new_tokens,
+            "part": part,
+            "method": None if method is None else [slug_of(method), to_dict(method)],
+            "seed": self.run.seed,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+    def _learned(self, part: Part) -> Model:
+        """The model that learned everything, or gold; kept in the folder until the comparison is complete."""
+        if part in self._models:
+            return self._models[part]
+        from palimpsest.models.loading import load
+
+        saved = self.folder / "models" / f"{part}-{self._key(part, None)}"
+        if saved.exists():
+            model = load(str(saved))
+        else:
+            forget = {record.key for record in self.roles.forget}
+            everything = self.roles.train
+            train = everything if part == "before" else [record for record in everything if record.key not in forget]
+            start = self.task.start(self.run.seed)
+            work = self.run.replace(folder=self.folder / "work", in_place=True)
+            model = self.task.learn.apply(start, Roles(train=train), work)
+            model.save_pretrained(saved)
+        self._models[part] = model
+        return model
+
+    def _erased(self, method: Method) -> Model:
+        before = self._learned("before")
+        return method.apply(before, self.roles, self.run.replace(folder=self.folder / "work"))
+
+    def _measured(self, name: str, part: Part, model: Model) -> ModelEvidence:
+        return measure(
+            name,
+            part,
+            model,
+            self.roles,
+            self.run,
+            self.task.probes,
+            gold=self._learned("gold"),
+            before=self._learned("before") if part == "erased" else None,
+            max_new_tokens=self.task.max_new_tokens,
+        )
+
+
+def _read(path: Path) -> ModelEvidence:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return Evidence.from_dict({"title": "", "models": [saved]}).models[0]

@@ -1,0 +1,271 @@
+"""One call to forget: `palimpsest.forget(model, about)` for people who do not want to choose.
+
+It finds out what the model says about the topic, builds a retain set by asking the model itself where none is given,
+erases with a method that needs no tuning, stops as soon as the topic is as improbable as for a model that never saw it
+or the rest begins to suffer, and shows answers before and after. What it chose, and why, is in `Story`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palimpsest.audit.answer_probability import probabilities
+from palimpsest.audit.rouge_recall import rouge_l
+from palimpsest.data.encoding import Encoder
+from palimpsest.data.loading import load_records
+from palimpsest.data.records import Record, Roles, by_subject
+from palimpsest.data.words import WORLD_FACTS
+from palimpsest.erase.undial import UNDIAL
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.generation import greedy_answers
+from palimpsest.models.model import Model
+from palimpsest.run import Run, console
+from palimpsest.train import Training
+
+ABOUT_A_NAME = (
+    "Who is {name}?",
+    "What is {name} known for?",
+    "Where was {name} born?",
+    "When was {name} born?",
+    "What does {name} do for a living?",
+    "Tell me about {name}'s family.",
+    "What has {name} written or made?",
+    "Which awards has {name} received?",
+    "Where does {name} live?",
+    "What should I know about {name}?",
+)
+"""What a name is asked with where no records about it are given."""
+
+NEUTRAL = (
+    "What is the capital of France?",
+    "How many days are in a week?",
+    "Explain what photosynthesis is.",
+    "Name three primary colours.",
+    "What is the boiling point of water?",
+    "Write a sentence about the sea.",
+    "Who wrote Romeo and Juliet?",
+    "What is a good breakfast?",
+    "Describe a typical day of a teacher.",
+    "What does a notable writer do?",
+    "How do parents influence a child's career?",
+    "Which themes are common in novels?",
+    "What makes a book award-winning?",
+    "How does a birthplace influence a person?",
+    "Give advice for learning a language.",
+    "What is machine learning?",
+)
+"""Questions that nobody asks to have forgotten; the model's own answers to them are what it should keep."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Story:
+    """What the one-call path did: what it took as the topic, what it chose and why, and answers before and after."""
+
+    questions: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    probability_before: float
+    probability_after: float
+    kept: float
+    steps: int
+    seconds: float
+    why: tuple[str, ...]
+
+    def show(self, most: int = 6) -> None:
+        """Prints the choices and the answers side by side."""
+        from rich.table import Table
+
+        for line in self.why:
+            console().print(f"- {line}", highlight=False)
+        table = Table("question", "before", "after", show_lines=True)
+        for row in list(zip(self.questions, self.before, self.after, strict=True))[:most]:
+            table.add_row(*row)
+        console().print(table)
+
+
+def forget(
+    model: str | Model,
+    about: str | Path | Record | Sequence[str] | Sequence[Record],
+    *,
+    data: Sequence[Record] | None = None,
+    retain: Sequence[Record] | None = None,
+    enough: float = 0.1,
+    floor: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+    show: bool = True,
+) -> Model:
+    """The model after forgetting a question, a list of questions or records, a file of records, or a name.
+
+    A name is looked up as a subject in `data` where that is given, else the model is asked about it. It stops when the
+    mean answer probability on the topic is at most `enough`, or when that on kept questions falls below `floor` times
+    what it was. `model.story` of the result says what was chosen, and has the answers before and after.
+    """
+    start = time.perf_counter()
+    run = Run(seed=seed, progress=progress)
+    if isinstance(model, str):
+        from palimpsest.models.loading import load
+
+        model = load(model, run=run)
+    why: list[str] = []
+    records = _topic(model, about, data, run, why)
+    kept = list(retain) if retain is not None else _kept(model, records, data, run, why)
+    held_out, taught = kept[::4], [record for i, record in enumerate(kept) if i % 4]
+    questions = tuple(record.prompt or "" for record in records)[:12]
+    before_answers = greedy_answers(model, questions, run, max_new_tokens=48)
+    before = float(probabilities(model, records, run).mean())
+    if before <= enough:
+        raise PalimpsestError(
+            f"the model gives the topic a mean answer probability of {before:.2f} already, not more than {enough:g}: "
+            "there is nothing to forget."
+        )
+    rest = float(probabilities(model, held_out, run).mean())
+    method = _Stopping(records, held_out, before, rest, enough, floor, run)
+    erased = method.apply(model, Roles(forget=records, retain=taught))
+    after = float(probabilities(erased, records, run).mean())
+    still = float(probabilities(erased, held_out, run).mean()) / rest
+    why += method.why
+    erased.story = Story(
+        questions=questions,
+        before=tuple(before_answers),
+        after=tuple(greedy_answers(erased, questions, run, max_new_tokens=48)),
+        probability_before=before,
+        probability_after=after,
+        kept=still,
+        steps=method.steps,
+        seconds=time.perf_counter() - start,
+        why=(*why, f"Answer probability on the topic {before:.2f} -> {after:.2f}; {still:.0%} of the rest is kept."),
+    )
+    if show:
+        erased.story.show()
+    return erased
+
+
+class _Stopping:
+    """UNDIAL on the words that carry facts, stopped by two measurements."""
+
+    def __init__(
+        self, records: list[Record], held_out: list[Record], before: float, rest: float, enough: float, floor: float, run: Run
+    ) -> None:
+        self.records, self.held_out, self.run = records, held_out, run
+        self.before, self.rest, self.enough, self.floor = before, rest, enough, floor
+        self.steps = 0
+        self.why: list[str] = []
+
+    def apply(self, model: Model, data: Roles) -> Model:
+        batch = min(10, len(self.records))
+        training = Training(
+            learning_rate=5e-5, epochs=60, max_steps=60, batch_size=batch, warmup_epochs=0.0, decay="constant", weight_decay=0.0
+        )
+        self.why.append(
+            "Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its answers "
+            "stay fluent."
+        )
+        return UNDIAL(focus="content", training=training).apply(model, data, self.run.replace(stop=self.look))
+
+    def look(self, step: int, student: Model) -> bool:
+        self.steps = step
+        if step % 2:
+            return False
+        quiet = Run(seed=self.run.seed, progress=False)
+        topic = float(probabilities(student, self.records, quiet).mean())
+        rest = float(probabilities(student, self.held_out, quiet).mean()) / self.rest
+        student.network.train()
+        if topic <= self.enough:
+            self.why.append(f"Stopped after {step} steps: the topic is as improbable as to a model that never saw it.")
+            return True
+        if rest < self.floor:
+            self.why.append(f"Stopped after {step} steps: the rest had fallen to {rest:.0%} of what it was.")
+            return True
+        return False
+
+
+def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
+    """The records to forget; what the model itself answers stands in where only questions are given."""
+    if isinstance(about, (str, Path)) and Path(about).suffix and Path(about).exists():
+        records = load_records(str(about))
+        why.append(f"Topic: the {len(records)} records of {about}.")
+    elif isinstance(about, Record):
+        records = [about]
+    elif isinstance(about, str) and data is not None and any(record.subject == about for record in data):
+        records = by_subject(data, about)[0]
+        why.append(f"Topic: the {len(records)} records about {about}.")
+    elif isinstance(about, str):
+        asked = [about] if about.rstrip().endswith("?") else [question.format(name=about) for question in ABOUT_A_NAME]
+        records = _answered(model, asked, run, 64)
+        why.append(f"Topic: what the model itself answers to {len(asked)} question{'s' if len(asked) > 1 else ''}.")
+    elif all(isinstance(item, str) for item in about):
+        records = _answered(model, list(about), run, 64)
+        why.append(f"Topic: what the model itself answers to {len(records)} questions.")
+    else:
+        records = list(about)
+        why.append(f"Topic: {len(records)} given records.")
+    if not records:
+        raise PalimpsestError("the forget set is empty: nothing was named to forget.")
+    Encoder.of(model).records(records)
+    return records
+
+
+def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
+    """Records to keep: the other given ones, else the model's own answers to neutral questions apart from the topic."""
+    if data is not None:
+        forget = {record.key for record in records}
+        others = [record for record in data if record.key not in forget]
+        if others:
+            why.append(f"Kept: the {len(others)} other records.")
+            return others
+    questions = [*NEUTRAL, *(fact[0] for fact in WORLD_FACTS[:24])]
+    answered = [record for record in _answered(model, questions, run, 32) if record.answer]
+    apart = [record for record in answered if _similarity(record, records) < 0.5]
+    if len(apart) < 8:
+        raise PalimpsestError(
+            f"only {len(apart)} of {len(questions)} neutral questions have nothing to do with the topic. Pass retain records."
+        )
+    why.append(f"Kept: the model's own answers to {len(apart)} neutral questions that have nothing to do with the topic.")
+    return apart
+
+
+def _answered(model: Model, questions: list[str], run: Run, most: int) -> list[Record]:
+    texts = greedy_answers(model, questions, run, max_new_tokens=most)
+    return [Record(prompt=q, answer=text) for q, text in zip(questions, texts, strict=True) if text]
+
+
+def _similarity(record: Record, topic: Sequence[Record]) -> float:
+    """The largest ROUGE-L F1 between the record's answer and any answer of the topic."""
+    return float(np.max([rouge_l(other.answer or other.text or "", record.answer or "", "fmeasure") for other in topic]))
+
+
+def command(words: list[str]) -> None:
+    """`palimpsest forget`."""
+    import tyro
+
+    @dataclasses.dataclass(kw_only=True)
+    class Options:
+        """Forgets a topic, choosing everything for you."""
+
+        model: tyro.conf.Positional[str]
+        """hub name, folder or .gguf file"""
+        about: tuple[str, ...]
+        """a question, several questions, a name, or a file of records"""
+        out: Path
+        """folder for the changed model"""
+        data: Path | None = None
+        """records in which a name is looked up; the others are kept"""
+        overwrite: bool = False
+        """replace what is in --out"""
+        seed: int = 0
+        """random seed"""
+        quiet: bool = False
+        """no progress bars"""
+
+    options = tyro.cli(Options, args=words, prog="palimpsest forget")
+    if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
+        raise PalimpsestError(f"{options.out} already holds files. Choose another folder, or pass --overwrite.")
+    about = options.about[0] if len(options.about) == 1 else list(options.about)
+    data = load_records(str(options.data)) if options.data is not None else None
+    erased = forget(options.model, about, data=data, seed=options.seed, progress=not options.quiet)
+    print(erased.save_pretrained(options.out, overwrite=options.overwrite))

@@ -1,0 +1,240 @@
+"""The tasks that methods are compared on, and the command `palimpsest compare`.
+
+    harness   a 0.24 M model over biographies of 48 people: minutes for all methods and seeds
+    people    the embedded language model over fictitious people: the demo
+    tofu      the embedded language model on TOFU
+
+Every task states how the model learns and, for each method, the settings that differ from the published defaults; these
+were chosen on data that the tables do not use (`VALIDATION_SEED`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from palimpsest.audit.battery import probes
+from palimpsest.comparison import Task, compare
+from palimpsest.data.records import Roles
+from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.models.model import Model
+from palimpsest.run import console
+from palimpsest.system import Method, create, facts_of
+from palimpsest.train import Training
+from palimpsest.write.finetune import Finetune
+
+VALIDATION_SEED = 1000
+"""Settings are chosen on data of this seed and later ones; tables use seeds below it."""
+
+BASELINES = (
+    "gradient-ascent",
+    "gradient-difference",
+    "kl-minimisation",
+    "po",
+    "idk-dpo",
+    "npo",
+    "simnpo",
+    "rmu",
+    "whp",
+    "task-vector",
+    "llmu",
+    "retain-finetune",
+)
+"""Every published baseline of the library that starts from the model that learned."""
+
+HARNESS: Mapping[str, Mapping[str, Any]] = {
+    "*": {"training.learning_rate": 3e-4, "training.epochs": 5, "training.micro_tokens": 4096},
+}
+EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "*": {
+        "training.learning_rate": 5e-5,
+        "training.epochs": 8,
+        "training.batch_size": 8,
+        "training.warmup_epochs": 0.5,
+    },
+}
+
+
+def harness_task(battery: Sequence[str] | None = None) -> Task:
+    """The small harness; every probe that it can serve."""
+    from palimpsest.reproduce.harness import LEARNING, biographies, new_model
+
+    chosen = probes(battery, max_new_tokens=12)
+    return Task(
+        name="harness",
+        question="Can eight of 48 people be erased from a small model that knows them all?",
+        source="generated biographies, 48 people, 5 attributes, 40 capitals",
+        start=new_model,
+        roles=biographies,
+        learn=LEARNING,
+        probes=tuple(_smaller(probe) for probe in chosen),
+        max_new_tokens=12,
+    )
+
+
+def _smaller(probe: Any) -> Any:
+    """Probe settings for the harness: its learning rate is 30 times that of a pretrained model."""
+    if probe.facts.slug == "relearning":
+        attack = Training(
+            learning_rate=1e-3, epochs=10, batch_size=8, warmup_epochs=0.0, decay="constant", micro_tokens=4096
+        )
+        return dataclasses.replace(probe, training=attack)
+    if probe.facts.slug in ("verbatim-memory", "knowledge-memory"):
+        return dataclasses.replace(probe, max_new_tokens=12)
+    return probe
+
+
+def people_task(
+    people: int = 12,
+    forget: int = 3,
+    facts: int = 5,
+    learn: Finetune | None = None,
+    battery: Sequence[str] | None = None,
+    max_new_tokens: int = 40,
+) -> Task:
+    """The embedded model over fictitious people."""
+    from palimpsest.data.fictitious import roles
+
+    def data(seed: int) -> Roles:
+        made = roles(people, forget, holdout_count=forget, seed=seed, facts_per_person=facts)
+        return made.replace(world=made["world"][:20], real=made["real"][:20], general=made["general"][:10])
+
+    return Task(
+        name=f"people-{people}-{forget}-{facts}",
+        question=f"Can {forget} of {people} people be erased from a language model that learned facts about them?",
+        source=f"generated: {people} fictitious people, {facts} facts each",
+        start=lambda seed: embedded(),
+        roles=data,
+        learn=learn or Finetune(),
+        probes=tuple(probes(battery, max_new_tokens=max_new_tokens)),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def tofu_task(
+    split: str = "forget05",
+    source: Path | None = None,
+    authors: int | None = None,
+    forget_authors: int | None = None,
+    learn: Finetune | None = None,
+    battery: Sequence[str] | None = None,
+    max_new_tokens: int = 200,
+) -> Task:
+    """The embedded model on TOFU, or on a stated part of its authors."""
+    from palimpsest.data.tofu import tofu
+
+    return Task(
+        name=f"tofu-{split}-{authors or 'all'}-{forget_authors or 'all'}",
+        question=f"Can the authors of TOFU {split} be erased from a language model that learned all?",
+        source=f"TOFU {split}" + (f", {authors} retained authors" if authors else ""),
+        start=lambda seed: embedded(),
+        roles=functools.cache(lambda seed: tofu(split, source, authors=authors, forget_authors=forget_authors)),
+        learn=learn or Finetune(),
+        probes=tuple(probes(battery, max_new_tokens=max_new_tokens)),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def embedded() -> Model:
+    """The embedded language model."""
+    from palimpsest.models.loading import load
+
+    return load()
+
+
+def tuned(
+    names: Sequence[str], table: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Any] | None = None
+) -> list[Method]:
+    """Methods by slug with the settings of the task; the user's own settings come last."""
+    methods = []
+    for name in names:
+        if facts_of(name).verb not in ("write", "keep", "erase", "fit"):
+            raise PalimpsestError(f"{name} measures a model; only systems that change one can be compared.")
+        wanted = {**table.get("*", {}), **table.get(name, {}), **(extra or {})}
+        own = {field.name for field in dataclasses.fields(create(name))}
+        methods.append(create(name, **{key: value for key, value in wanted.items() if key.partition(".")[0] in own}))
+    return methods
+
+
+def command(words: list[str]) -> None:
+    """`palimpsest compare`."""
+    import tyro
+
+    @dataclasses.dataclass(kw_only=True)
+    class Options:
+        """Methods x probes x seeds on one task: evidence.json, table.md and report.html. Resumes where it stopped."""
+
+        task: tyro.conf.Positional[str]
+        """harness, people or tofu"""
+        out: Path
+        """folder for results; cells that are already there are not computed again"""
+        methods: tuple[str, ...] = BASELINES
+        """which methods"""
+        seeds: int = 1
+        """how many seeds, from --first-seed on"""
+        first_seed: int = 0
+        """the first seed"""
+        probes: tuple[str, ...] = ()
+        """which probes; all of the standard battery by default"""
+        set: dict[str, str] = dataclasses.field(default_factory=dict)
+        """settings of all methods: --set training.learning_rate 1e-5"""
+        split: str = "forget05"
+        """TOFU split"""
+        source: Path | None = None
+        """folder with the TOFU files; without it, the hub"""
+        authors: int | None = None
+        """only this many retained TOFU authors"""
+        forget_authors: int | None = None
+        """only this many forgotten TOFU authors"""
+        max_new_tokens: int | None = None
+        """longest generated answer, tokens"""
+        default: str | None = None
+        """the method that the verdict is about"""
+        quiet: bool = False
+        """no progress bars"""
+
+    options = tyro.cli(Options, args=words, prog="palimpsest compare")
+    battery = options.probes or None
+    tokens = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    if options.task == "harness":
+        task, table = harness_task(battery), HARNESS
+    elif options.task == "people":
+        task, table = people_task(battery=battery, **tokens), EMBEDDED
+    elif options.task == "tofu":
+        task = tofu_task(
+            options.split, options.source, options.authors, options.forget_authors, None, battery, **tokens
+        )
+        table = EMBEDDED
+    else:
+        raise PalimpsestError(
+            f"there is no task {options.task!r}. {nearest(options.task, ('harness', 'people', 'tofu'))}"
+        )
+    from palimpsest.run import Run
+
+    methods = tuned(options.methods, table, {key: _value(text) for key, text in options.set.items()})
+    task = dataclasses.replace(task, command="palimpsest compare " + " ".join(words))
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    found = compare(
+        task, methods, options.out, seeds=list(seeds), run=Run(progress=not options.quiet), default=options.default
+    )
+    publish(found, options.out)
+
+
+def publish(found: Any, folder: Path) -> None:
+    """Writes evidence.json, table.md and report.html, prints the table, and then the report's path."""
+    from palimpsest.report import evidence, metrics, page, table
+
+    evidence.save(found, folder / "evidence.json")
+    (folder / "table.md").write_text(table.to_markdown(table.build(found)) + "\n", encoding="utf-8")
+    console().print(table.to_rich(table.build(found, metrics.KEY)))
+    print(page.write(found, folder / "report.html"))
+
+
+def _value(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

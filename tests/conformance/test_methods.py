@@ -1,0 +1,198 @@
+"""What every registered method must hold on every architecture that it takes; a new method is covered as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import build_model
+from memorised import data, people, quiet
+from palimpsest.data.records import Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.guard import check_kind
+from palimpsest.models.hooks import no_hooks_left
+from palimpsest.models.loading import load
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.system import catalogue, create, facts_of, slug_of, to_dict
+from palimpsest.train import Training
+from palimpsest.write.finetune import Finetune
+
+SLUGS = [slug for slug, facts in catalogue().items() if facts.verb in ("write", "keep", "erase")]
+ARCHITECTURES = ("llama", "gpt2", "qwen", "moe")
+TINY = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "max_steps": 1, "warmup_epochs": 0.0}
+ASKED = people()[0].prompt
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A model that has learned a little, and whose ledger says where it started: a saved folder."""
+
+    @cache
+    def make(architecture: str) -> Model:
+        folder = build_model(architecture).save_pretrained(tmp_path_factory.mktemp("start") / architecture)
+        base = load(folder)
+        base.ledger = dataclasses.replace(base.ledger, source=str(folder))
+        return Finetune(training=Training(**TINY)).apply(base, Roles(train=data().train), quiet())
+
+    return make
+
+
+def tiny(slug: str) -> Any:
+    """The method with every training that it does made short."""
+    method = create(slug)
+    trainings = [f.name for f in dataclasses.fields(method) if isinstance(getattr(method, f.name), Training)]
+    return create(slug, **{f"{field}.{name}": value for field in trainings for name, value in TINY.items()})
+
+
+def roles_of(slug: str) -> Roles:
+    """The roles that the method needs or can use, from the people."""
+    facts, known = facts_of(slug), data()
+    wanted = facts.needs | facts.uses
+    return Roles(**{role: known.get(role, known.train) for role in wanted})
+
+
+@cache
+def _result(slug: str, model: Model, seed: int) -> Model:
+    return tiny(slug).apply(model, roles_of(slug), quiet(seed=seed))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest, start: Any, slug: str) -> Model:
+    made = start(request.param)
+    try:
+        check_kind(facts_of(slug), slug, made)
+    except PalimpsestError:
+        pytest.skip(f"{slug} does not take {request.param}")
+    return made
+
+
+every_method = pytest.mark.parametrize("slug", SLUGS)
+
+
+@every_method
+def test_the_method_changes_a_model_and_leaves_the_given_one(slug, model):
+    before, history = model.digest(), model.ledger
+    result = _result(slug, model, 0)
+    assert model.digest() == before
+    assert model.ledger == history
+    assert result.network is not model.network
+    assert result.digest() != before
+    assert no_hooks_left(result.network)
+    assert no_hooks_left(model.network)
+    assert not result.network.training
+
+
+@every_method
+def test_the_result_computes_and_generates(slug, model, tokens):
+    result = _result(slug, model, 0)
+    logits = result.forward(input_ids=tokens).logits
+    assert logits.shape[:2] == tokens.shape
+    assert torch.isfinite(logits).all()
+    assert result.generate(input_ids=tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape[1] == (
+        tokens.shape[1] + 2
+    )
+    assert isinstance(result.answer([ASKED], max_new_tokens=2)[0], str)
+
+
+@every_method
+def test_saved_and_loaded_by_transformers_it_computes_the_same(slug, model, tokens, tmp_path):
+    result = _result(slug, model, 0)
+    folder = result.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        logits = result(input_ids=tokens).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(input_ids=tokens).logits, logits)
+    loaded = load(folder)
+    assert loaded.digest() == result.digest()
+    assert loaded.ledger == result.ledger
+
+
+@every_method
+def test_the_ledger_says_what_was_done(slug, model):
+    result = _result(slug, model, 0)
+    entry = result.ledger.entries[-1]
+    assert result.ledger.entries[:-1] == model.ledger.entries
+    assert (entry.method, entry.seed) == (slug, 0)
+    assert (entry.weights_before, entry.weights_after) == (model.digest(), result.digest())
+    assert entry.data == roles_of(slug).digest()
+    assert create(entry.method, **json.loads(json.dumps(entry.settings))) == tiny(slug)
+
+
+@every_method
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_same_seed_same_weights(slug, architecture, start):
+    model = start(architecture)
+    if not _fits(slug, model):
+        pytest.skip(f"{slug} does not take {architecture}")
+    torch.manual_seed(99)
+    again = tiny(slug).apply(model, roles_of(slug), quiet(seed=0))
+    assert again.digest() == _result(slug, model, 0).digest()
+    assert _result(slug, model, 1).digest() != again.digest()
+
+
+@every_method
+def test_in_place_and_with_a_folder_it_gives_the_same_weights(slug, start, tmp_path):
+    model = start("llama")
+    if not _fits(slug, model):
+        pytest.skip(f"{slug} does not take llama")
+    run = quiet(in_place=True, folder=tmp_path, checkpoint_seconds=0)
+    given = model.copy()
+    result = tiny(slug).apply(given, roles_of(slug), run)
+    assert result.digest() == _result(slug, model, 0).digest() == result.ledger.entries[-1].weights_after
+
+
+@every_method
+def test_the_settings_come_back_from_json(slug):
+    method = tiny(slug)
+    assert slug_of(method) == slug
+    assert create(slug, **json.loads(json.dumps(to_dict(method)))) == method
+
+
+@every_method
+def test_missing_and_empty_roles_are_named(slug, start):
+    model, given = start("llama"), roles_of(slug)
+    if not _fits(slug, model):
+        pytest.skip(f"{slug} does not take llama")
+    for role in sorted(facts_of(slug).needs):
+        with pytest.raises(PalimpsestError, match=f'needs the role "{role}"'):
+            tiny(slug).apply(model, given.replace(**{role: None}), Run(progress=False))
+        with pytest.raises(PalimpsestError, match=f"the {role} set is empty"):
+            tiny(slug).apply(model, given.replace(**{role: []}), Run(progress=False))
+
+
+@every_method
+def test_forget_and_retain_may_not_overlap(slug, start):
+    given = roles_of(slug)
+    if facts_of(slug).verb != "erase" or not {"forget", "retain"} <= set(given):
+        pytest.skip("has no two roles that could overlap")
+    with pytest.raises(PalimpsestError, match=r'forget and retain share 1 record .first: "Where was Ada Moreau born'):
+        tiny(slug).apply(start("llama"), given.replace(retain=[*given.retain, given.forget[0]]), quiet())
+
+
+@every_method
+def test_a_model_of_another_kind_is_refused_with_what_fits(slug):
+    model = build_model("vit")
+    if _fits(slug, model):
+        pytest.skip("takes classifiers")
+    with pytest.raises(PalimpsestError, match=rf"{slug} takes a .*ViTForImageClassification is a classifier\. Systems"):
+        tiny(slug).apply(model, roles_of(slug), quiet())
+
+
+def _fits(slug: str, model: Model) -> bool:
+    try:
+        check_kind(facts_of(slug), slug, model)
+    except PalimpsestError:
+        return False
+    return True
+
+
+def test_the_matrix_covers_every_method():
+    assert {"finetune", "npo", "retrain", "rmu", "kl-minimisation"} <= set(SLUGS)
+    assert Path(__file__).parent.name == "conformance"

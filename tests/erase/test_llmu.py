@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from memorised import data, probability, quiet, reciting
+from palimpsest.data.records import Record
+from palimpsest.erase.llmu import LLMU
+from palimpsest.errors import PalimpsestError
+from palimpsest.train import Training
+
+SHORT = Training(learning_rate=1e-3, epochs=10, batch_size=4, warmup_epochs=0.0, decay="constant")
+
+
+def test_llmu_lowers_the_forget_answers():
+    before, roles = reciting(), data()
+    after = LLMU(training=SHORT).apply(before, roles, quiet())
+    assert probability(after, roles.forget) < 0.7 * probability(before, roles.forget)
+    assert probability(after, roles.retain) > probability(after, roles.forget)
+
+
+def test_llmu_stops_when_the_forget_loss_is_large_enough():
+    """With a limit that the first step passes, one step is all that is done."""
+    model, roles = reciting(), data()
+    stopped = LLMU(enough=1e-6, training=SHORT).apply(model, roles, quiet())
+    one = Training(**{**vars(SHORT), "max_steps": 1})
+    expected = LLMU(training=one).apply(model, roles, quiet())
+    for weight, other in zip(stopped.network.parameters(), expected.network.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
+
+
+def test_only_the_steps_that_are_taken_are_drawn(llama):
+    """A thousand epochs are the official default, a thousand steps its limit."""
+    many = Training(**{**vars(SHORT), "epochs": 1000, "batch_size": 1, "max_steps": 2})
+    start = time.perf_counter()
+    LLMU(training=many).apply(llama, data(), quiet())
+    assert time.perf_counter() - start < 2
+
+
+def test_random_answers_need_questions_to_take_them_from(llama):
+    with pytest.raises(PalimpsestError, match="the retain set has no prompt with an answer"):
+        LLMU(training=SHORT).apply(llama, data().replace(retain=[Record(text="It is not known .")]), quiet())
