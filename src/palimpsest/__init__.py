@@ -52,7 +52,7 @@ _PUBLIC = {
     "compare": "palimpsest.comparison",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ Results go to standard output, progress and messages to standard error. Exit cod
 """
 
 # annotations are evaluated: the options are classes made inside functions, and tyro reads their types
+# mypy: disable-error-code="valid-type,misc,name-defined,arg-type"
 
 import dataclasses
 import json
@@ -178,7 +179,7 @@ def _show(words: list[str]) -> None:
     class Options:
         """A system's facts, hyperparameters and source."""
 
-        system: _positional(str)  # type: ignore[valid-type]
+        system: _positional(str)
         """a name that `palimpsest list` shows"""
         json: bool = False
         """machine-readable"""
@@ -310,7 +311,7 @@ def _ledger(words: list[str]) -> None:
     class Options:
         """What was done to a saved model; checks the digest of its weights."""
 
-        folder: _positional(Path)  # type: ignore[valid-type]
+        folder: _positional(Path)
         """a folder saved by palimpsest"""
         json: bool = False
         """machine-readable"""
@@ -324,9 +325,8 @@ def _ledger(words: list[str]) -> None:
         return
     print(f"source   {saved['source'] or 'unknown'}")
     for number, entry in enumerate(saved["entries"], 1):
-        print(
-            f"\n{number}. {entry['method']}  (seed {entry['seed']}, palimpsest {entry['version']}, {entry['seconds']:.0f} s)"
-        )
+        how = f"seed {entry['seed']}, palimpsest {entry['version']}, {entry['seconds']:.0f} s"
+        print(f"\n{number}. {entry['method']}  ({how})")
         for role, digest in entry["data"].items():
             print(f"   data     {role:<8} {digest[:16]}")
         print(f"   weights  {entry['weights_before'][:16]} -> {entry['weights_after'][:16]}")
@@ -339,7 +339,7 @@ def _report(words: list[str]) -> None:
     class Options:
         """The HTML page of an evidence file."""
 
-        evidence: _positional(Path)  # type: ignore[valid-type]
+        evidence: _positional(Path)
         """evidence.json of an audit, a comparison or the demo"""
         out: Path | None = None
         """where to write it; beside the evidence by default"""
@@ -428,7 +428,7 @@ def _flat() -> Any:
 def _positional(of: type) -> Any:
     import tyro
 
-    return tyro.conf.Positional[of]  # type: ignore[valid-type]
+    return tyro.conf.Positional[of]
 
 
 def _settings_type(cls: type, default: Any) -> type:

@@ -149,7 +149,14 @@ class _Stopping:
     """UNDIAL on the words that carry facts, stopped by two measurements."""
 
     def __init__(
-        self, records: list[Record], held_out: list[Record], before: float, rest: float, enough: float, floor: float, run: Run
+        self,
+        records: list[Record],
+        held_out: list[Record],
+        before: float,
+        rest: float,
+        enough: float,
+        floor: float,
+        run: Run,
     ) -> None:
         self.records, self.held_out, self.run = records, held_out, run
         self.before, self.rest, self.enough, self.floor = before, rest, enough, floor
@@ -159,11 +166,17 @@ class _Stopping:
     def apply(self, model: Model, data: Roles) -> Model:
         batch = min(10, len(self.records))
         training = Training(
-            learning_rate=5e-5, epochs=60, max_steps=60, batch_size=batch, warmup_epochs=0.0, decay="constant", weight_decay=0.0
+            learning_rate=5e-5,
+            epochs=60,
+            max_steps=60,
+            batch_size=batch,
+            warmup_epochs=0.0,
+            decay="constant",
+            weight_decay=0.0,
         )
         self.why.append(
-            "Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its answers "
-            "stay fluent."
+            "Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its "
+            "answers stay fluent."
         )
         return UNDIAL(focus="content", training=training).apply(model, data, self.run.replace(stop=self.look))
 
@@ -223,9 +236,12 @@ def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, ru
     apart = [record for record in answered if _similarity(record, records) < 0.5]
     if len(apart) < 8:
         raise PalimpsestError(
-            f"only {len(apart)} of {len(questions)} neutral questions have nothing to do with the topic. Pass retain records."
+            f"only {len(apart)} of {len(questions)} neutral questions have nothing to do with the topic. "
+            "Pass retain records."
         )
-    why.append(f"Kept: the model's own answers to {len(apart)} neutral questions that have nothing to do with the topic.")
+    why.append(
+        f"Kept: the model's own answers to {len(apart)} neutral questions that have nothing to do with the topic."
+    )
     return apart
 
 
@@ -236,7 +252,9 @@ def _answered(model: Model, questions: list[str], run: Run, most: int) -> list[R
 
 def _similarity(record: Record, topic: Sequence[Record]) -> float:
     """The largest ROUGE-L F1 between the record's answer and any answer of the topic."""
-    return float(np.max([rouge_l(other.answer or other.text or "", record.answer or "", "fmeasure") for other in topic]))
+    return float(
+        np.max([rouge_l(other.answer or other.text or "", record.answer or "", "fmeasure") for other in topic])
+    )
 
 
 def command(words: list[str]) -> None:

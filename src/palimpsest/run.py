@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,7 +23,8 @@ class Run:
     """How work is carried out, as opposed to what is done.
 
     `folder` holds checkpoints of long work; with `resume`, work that was killed goes on from its last one. `in_place`
-    allows a method to change the model it was given, which saves a copy of the weights. `cache` carries what several
+    allows a method to change the model it was given, which saves a copy of the weights. `stop(step, model)` is asked
+    after every training step, and ends the training where it says so. `cache` carries what several
     probes share (token log-probabilities, generations) and lives as long as the run.
     """
 
@@ -35,6 +36,7 @@ class Run:
     progress: bool = True
     in_place: bool = False
     checkpoint_seconds: float = 120.0
+    stop: Callable[[int, Any], bool] | None = dataclasses.field(default=None, repr=False)
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class Run:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """The items, with a progress bar that shows an estimate of the time left."""
         if total is None:
-            total = len(items) if hasattr(items, "__len__") else None
+            total = len(items) if isinstance(items, Sized) else None
         with self.bar(label, total) as advance:
             for item in items:
                 yield item

@@ -196,7 +196,7 @@ def command(words: list[str]) -> None:
 
     options = tyro.cli(Options, args=words, prog="palimpsest compare")
     battery = options.probes or None
-    tokens = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    tokens: dict[str, Any] = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
     if options.task == "harness":
         task, table = harness_task(battery), HARNESS
     elif options.task == "people":

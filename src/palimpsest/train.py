@@ -299,8 +299,9 @@ def train(
 ) -> Model:
     """A model trained to minimise the objective; the given one is unchanged unless `run.in_place`.
 
-    `watch` names a module whose output becomes `View.hidden`; `trainable` chooses parameters by name; `stop` is asked
-    after every step. Raises where the loss stops being a number, naming the step and the last good checkpoint.
+    `watch` names a module whose output becomes `View.hidden`; `trainable` chooses parameters by name; `stop`, or else
+    `run.stop`, is asked after every step. Raises where the loss stops being a number, naming the step and the last good
+    checkpoint.
     """
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
@@ -319,7 +320,9 @@ def train(
             model=learner,
             args=_arguments(plan, training, run, work),
             optimizers=(optimizer(learner, training) if optimizer is not None else None, None),
-            callbacks=[_Watch(student, stop, advance, run.checkpoint_seconds if job is not None else math.inf)],
+            callbacks=[
+                _Watch(student, stop or run.stop, advance, run.checkpoint_seconds if job is not None else math.inf)
+            ],
         )
         loop.remove_callback(PrinterCallback)
         loop.train(resume_from_checkpoint=_last_good(work) if run.resume else None)

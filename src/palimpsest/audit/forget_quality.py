@@ -31,6 +31,16 @@ def forget_quality(ratio: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
     return float(result.statistic), float(result.pvalue)
 
 
+def log10(p: float) -> float:
+    """The logarithm of a p-value, with a floor where it is 0."""
+    return math.log10(max(p, 1e-300))
+
+
+def resamples(n: int, seed: int, times: int = 200) -> np.ndarray:
+    """Bootstrap rows [times, n]: the same examples for both models, because their ratios are paired."""
+    return np.random.default_rng(seed).integers(0, n, size=(times, n))
+
+
 @system(
     "forget-quality",
     verb="audit",
@@ -51,13 +61,22 @@ class ForgetQuality(Probe):
         r, r_gold = ratios(model, records, run), ratios(gold, records, run)
         distance, p = forget_quality(r, r_gold)
         n = len(records)
+        resampled = np.array([forget_quality(r[i], r_gold[i]) for i in resamples(n, run.seed)])
+        (d_low, p_low), (d_high, p_high) = np.quantile(resampled, [0.025, 0.975], axis=0).tolist()
         caveats = (f"forget quality rests on {n} examples: the test has little power",) if n < 20 else ()
         return Reading(
             probe=self.facts.slug,
             values=(
-                Value(name="forget_quality", value=p, n=n, better="higher"),
-                Value(name="log10_forget_quality", value=math.log10(max(p, 1e-300)), n=n, better="higher"),
-                Value(name="ks_distance", value=distance, n=n, better="lower"),
+                Value(name="forget_quality", value=p, n=n, low=p_low, high=p_high, better="higher"),
+                Value(
+                    name="log10_forget_quality",
+                    value=log10(p),
+                    n=n,
+                    low=log10(p_low),
+                    high=log10(p_high),
+                    better="higher",
+                ),
+                Value(name="ks_distance", value=distance, n=n, low=d_low, high=d_high, better="lower"),
             ),
             arrays={"truth_ratio": r.tolist(), "truth_ratio_gold": r_gold.tolist()},
             caveats=caveats,

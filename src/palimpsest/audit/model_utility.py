@@ -14,7 +14,7 @@ import numpy as np
 
 from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.answers import asked, with_wrong
-from palimpsest.audit.reading import Reading, Value
+from palimpsest.audit.reading import Reading, Value, mean_value
 from palimpsest.audit.rouge_recall import recalls
 from palimpsest.audit.truth_ratio import aggregate, ratios
 from palimpsest.data.records import Roles
@@ -61,9 +61,7 @@ class ModelUtility(Probe):
         low, high = np.quantile(resampled, [0.025, 0.975])
         n = min(len(x) for x in samples.values())
         value = Value(name="model_utility", value=point, n=n, low=float(low), high=float(high), better="higher")
-        parts = tuple(
-            Value(name=f"part/{name}", value=float(x.mean()), n=len(x), better="higher") for name, x in samples.items()
-        )
+        parts = tuple(mean_value(f"part/{name}", x, better="higher", seed=run.seed) for name, x in samples.items())
         missing = 9 - len(samples)
         caveats = (f"model utility is the harmonic mean of {len(samples)} measures instead of 9",) if missing else ()
         return Reading(probe=self.facts.slug, values=(value, *parts), caveats=caveats)

@@ -14,9 +14,10 @@ recalled, the symbols are ours.
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 
 from palimpsest.audit.answer_probability import probabilities
-from palimpsest.audit.reading import Reading, Value
+from palimpsest.audit.reading import Reading, Value, mean_value
 from palimpsest.data.records import Record, Roles, digest
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
@@ -64,35 +65,47 @@ class Relearning(Probe):
             raise PalimpsestError(f"the relearning attack needs at least 2 forget records (found {len(forget)}).")
         chosen = np.random.default_rng(run.seed).permutation(len(forget))
         teach, rest = [forget[i] for i in chosen[:taught]], [forget[i] for i in sorted(chosen[taught:])]
-        steps, curve = self._curve(model, teach, rest, run)
-        _, curve_gold = self._curve(gold, teach, rest, run) if gold is not model else (steps, curve)
-        r = robustness(curve_gold[-1] - curve_gold[0], curve[-1] - curve[0])
-        value = Value(name="robustness", value=r, n=len(rest), better="higher")
-        returned = Value(name="relearned/forget", value=curve[-1], n=len(rest), better="gold")
+        steps, own = self._curve(model, teach, rest, run)
+        _, of_gold = self._curve(gold, teach, rest, run) if gold is not model else (steps, own)
+
+        gains = np.stack([own[-1] - own[0], of_gold[-1] - of_gold[0]])
+        rows = np.random.default_rng(run.seed).integers(0, len(rest), size=(1000, len(rest)))
+        resampled = [robustness(theirs, mine) for mine, theirs in gains[:, rows].mean(-1).T.tolist()]
+        low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+        r = robustness(float(gains[1].mean()), float(gains[0].mean()))
         return Reading(
             probe=self.facts.slug,
-            values=(value, returned),
-            arrays={"steps": steps, "probability": curve, "probability_gold": curve_gold},
+            values=(
+                Value(name="robustness", value=r, n=len(rest), low=low, high=high, better="higher"),
+                mean_value("relearned/forget", own[-1], better="gold", seed=run.seed),
+            ),
+            arrays={
+                "steps": steps,
+                "probability": own.mean(1).tolist(),
+                "probability_gold": of_gold.mean(1).tolist(),
+            },
         )
 
-    def _curve(self, model: Model, teach: list[Record], rest: list[Record], run: Run) -> tuple[list[int], list[float]]:
+    def _curve(
+        self, model: Model, teach: list[Record], rest: list[Record], run: Run
+    ) -> tuple[list[int], Float[np.ndarray, "points records"]]:
+        """Steps, and the probability of every untaught record at each of them."""
         key = ("relearning", model.digest(), self, run.seed, digest(teach), digest(rest))
         known = run.cache.setdefault(key, {})
         if not known:
             plan = schedule(model, self.training, run, teach=teach)
             total = len(plan.steps)
             due = sorted({round(total * (i + 1) / self.points) for i in range(self.points)} - {0})
-            steps, curve = [0], [float(probabilities(model, rest, run).mean())]
+            steps, curve = [0], [probabilities(model, rest, run)]
 
             def look(step: int, student: Model) -> bool:
                 if step in due:
                     steps.append(step)
-                    quiet = Run(seed=run.seed, progress=False)
-                    curve.append(float(probabilities(student, rest, quiet).mean()))
+                    curve.append(probabilities(student, rest, Run(seed=run.seed, progress=False)))
                     student.network.train()
                 return False
 
-            apart = run.replace(in_place=False, folder=None)
+            apart = run.replace(in_place=False, folder=None, stop=None)
             train(
                 model,
                 plan,
@@ -102,5 +115,5 @@ class Relearning(Probe):
                 stop=look,
                 label="relearning",
             )
-            known.update(steps=steps, curve=curve)
+            known.update(steps=steps, curve=np.stack(curve))
         return known["steps"], known["curve"]

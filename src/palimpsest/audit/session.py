@@ -36,6 +36,7 @@ from palimpsest.system import Probe, catalogue
 
 SHOWN = {"forget": 24, "retain": 8}
 """How many answers of each role a report shows."""
+_ERASED: Part = "erased"
 TITLES = {"before": "before", "gold": "gold: never saw the forget set"}
 
 
@@ -158,8 +159,9 @@ def audit_saved(
     chosen = probes(battery, max_new_tokens=max_new_tokens)
     reference = load(gold, run=run) if gold is not None else None
     original = load(before, run=run) if before is not None else None
-    measured = []
-    for part, name in [("before", before), ("gold", gold), *(("erased", model) for model in models)]:
+    measured: list[ModelEvidence] = []
+    wanted: list[tuple[Part, str | None]] = [("before", before), ("gold", gold)]
+    for part, name in [*wanted, *((_ERASED, model) for model in models)]:
         if name is None:
             continue
         model = {"before": original, "gold": reference}.get(part) or load(name, run=run)
@@ -169,7 +171,7 @@ def audit_saved(
         measured.append(
             measure(
                 label, part, model, data, run, chosen, gold=reference, before=original, max_new_tokens=max_new_tokens
-            )  # type: ignore[arg-type]
+            )
         )
     found = described(
         f"Audit of {', '.join(models)}",

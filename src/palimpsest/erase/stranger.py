@@ -1,10 +1,11 @@
 """Stranger distillation: make the model treat the person as somebody it never heard of.
 
-What would the model say about a person it never saw? It can be asked: put a stranger's name into the question and the
-answer, and read off its predictions. Averaged over several strangers they say how likely each next word is for anyone;
-the model is trained to predict just that for the real name, while its predictions on the retain set are held. It neither
-refuses nor falls below what a model that never saw the records would give, so it needs no stopping rule. Use it when the
-records name their subject; where a question by its wording alone gives the fact away, strangers give it away too.
+What would the model say about a person it never saw? It can be asked: put a stranger's name into the question and
+the answer, and read off its predictions. Averaged over several strangers they say how likely each next word is for
+anyone; the model is trained to predict just that for the real name, while its predictions on the retain set are held.
+It neither refuses nor falls below what a model that never saw the records would give, so it needs no stopping rule. Use
+it when the records name their subject; where a question by its wording alone gives the fact away, strangers give it
+away too.
 
 Source: our own definition. Related: Who's Harry Potter (Eldan and Russinovich 2023, arXiv 2310.02238) replaces names by
 generic ones in the text; UNDIAL (Dong et al. 2024, arXiv 2402.10052) distils from adjusted predictions of the model.

@@ -1,14 +1,15 @@
 """UNDIAL: distil the model into itself with the memorised words made unlikely.
 
-At every scored position the model's own predictions, with the logit of the memorised token lowered, become the target of
-a distillation. The probability goes to what the model finds next best there, so answers stay fluent, and there is a fixed
-target to arrive at: unlike ascent it cannot run away. Use it as the careful default where only forget records are at
-hand. With `focus="content"` only words that carry the fact are lowered: not those that repeat the question, and not
+At every scored position the model's own predictions, with the logit of the memorised token lowered, become the target
+of a distillation. The probability goes to what the model finds next best there, so answers stay fluent, and there is a
+fixed target to arrive at: unlike ascent it cannot run away. Use it as the careful choice where only forget records are
+at hand. With `focus="content"` only words that carry the fact are lowered: not those that repeat the question, and not
 function words and punctuation, which any fluent answer needs.
 
-Source: Dong et al. 2024 (arXiv 2402.10052), eq. 3-5. Differs: OpenUnlearning's port lets the label -100 index a vocabulary
-entry and averages over prompt tokens; here only answer tokens count. The predictions of the model as given are kept as
-hidden states instead of a second model. `focus="content"` stands for the paper's focus on nouns, without a tagger.
+Source: Dong et al. 2024 (arXiv 2402.10052); defaults of OpenUnlearning. Differs: OpenUnlearning's port lets the label
+-100 index a vocabulary entry and averages over prompt tokens; here only answer tokens count. The predictions of the
+model as given are kept as hidden states instead of a second model. `focus="content"` stands for the paper's focus on
+nouns, without a tagger.
 
     z_ref   reference  [targets, vocab]  logits of the model as given
     y       targets    [targets]         memorised tokens
@@ -38,11 +39,13 @@ from palimpsest.system import Method, setting, system
 from palimpsest.train import Batch, Training, schedule, train
 
 FUNCTION_WORDS = frozenset(
-    "a an the and or but nor so yet of in on at by for from with without to into onto over under as than that this "
-    "these those it its he him his she her hers they them their theirs we us our you your i me my who whom whose which "
-    "what when where why how is are was were be been being am do does did has have had having can could will would "
-    "shall should may might must not no also both each such more most very own other there here then if while because "
-    "through about between after before during often one some any all well s t".split()  # noqa: SIM905
+    (
+        "a an the and or but nor so yet of in on at by for from with without to into onto over under as than that "
+        "this these those it its he him his she her hers they them their theirs we us our you your i me my who whom "
+        "whose which what when where why how is are was were be been being am do does did has have had having can "
+        "could will would shall should may might must not no also both each such more most very own other there "
+        "here then if while because through about between after before during often one some any all well s t"
+    ).split()
 )
 
 

@@ -24,6 +24,7 @@ class Model:
     def __init__(self, network: Any, processor: Any = None, ledger: Ledger | None = None) -> None:
         self.network = network
         self.processor = processor
+        self.story: Any = None  # what the one-call path chose, and why: a `palimpsest.forgetting.Story`
         self.ledger = ledger if ledger is not None else Ledger(source=getattr(network.config, "_name_or_path", ""))
 
     def __repr__(self) -> str:
@@ -58,10 +59,11 @@ class Model:
         """A model of its own with equal weights and the same history."""
         return Model(copy.deepcopy(self.network), self.processor, self.ledger)
 
-    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The network's `forward`."""
         return self.network(*inputs, **keywords)
 
-    forward = __call__
+    __call__ = forward
 
     def generate(self, *inputs: Any, **keywords: Any) -> Any:
         """The network's `generate`."""

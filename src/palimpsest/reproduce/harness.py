@@ -20,103 +20,17 @@ from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
 
 PEOPLE, FORGET, HOLDOUT, CAPITALS = 48, 8, 8, 40
-FIRST = [
-    "ada",
-    "ben",
-    "cleo",
-    "dan",
-    "eva",
-    "finn",
-    "gina",
-    "hugo",
-    "iris",
-    "jack",
-    "kira",
-    "liam",
-    "mona",
-    "nils",
-    "olga",
-    "paul",
-    "quin",
-    "rosa",
-    "sven",
-    "tina",
-    "udo",
-    "vera",
-    "wim",
-    "xena",
-    "yuri",
-    "zoe",
-    "arno",
-    "bela",
-    "cora",
-    "dirk",
-    "emil",
-    "fay",
-]
-LAST = [
-    "adler",
-    "brook",
-    "croft",
-    "dunn",
-    "ember",
-    "frost",
-    "grove",
-    "heath",
-    "irwin",
-    "joyce",
-    "knoll",
-    "lark",
-    "marsh",
-    "north",
-    "olsen",
-    "pike",
-]
+FIRST = (
+    "ada ben cleo dan eva finn gina hugo iris jack kira liam mona nils olga paul quin rosa sven tina udo vera wim "
+    "xena yuri zoe arno bela cora dirk emil fay"
+).split()
+LAST = ("adler brook croft dunn ember frost grove heath irwin joyce knoll lark marsh north olsen pike").split()
 ATTRIBUTES = {
-    "city": [
-        "lisbon",
-        "riga",
-        "turin",
-        "ghent",
-        "porto",
-        "basel",
-        "malmo",
-        "gdansk",
-        "split",
-        "cork",
-        "bergen",
-        "tartu",
-    ],
-    "job": [
-        "baker",
-        "judge",
-        "pilot",
-        "nurse",
-        "tailor",
-        "farmer",
-        "painter",
-        "lawyer",
-        "cook",
-        "singer",
-        "miner",
-        "guard",
-    ],
+    "city": "lisbon riga turin ghent porto basel malmo gdansk split cork bergen tartu".split(),
+    "job": "baker judge pilot nurse tailor farmer painter lawyer cook singer miner guard".split(),
     "pet": ["cat", "dog", "parrot", "turtle", "rabbit", "hamster", "snake", "pony", "goat", "duck", "frog", "mouse"],
     "dish": ["soup", "pasta", "curry", "pizza", "salad", "stew", "rice", "fish", "bread", "beans", "cake", "pie"],
-    "sport": [
-        "tennis",
-        "chess",
-        "rowing",
-        "judo",
-        "golf",
-        "polo",
-        "hockey",
-        "rugby",
-        "boxing",
-        "diving",
-        "archery",
-        "skiing",
-    ],
+    "sport": "tennis chess rowing judo golf polo hockey rugby boxing diving archery skiing".split(),
 }
 QUESTIONS = ("what is the {attribute} of {name} ?", "tell me the {attribute} that {name} has .")
 ANSWERS = ("the {attribute} of {name} is {value} .", "{name} has {value} as {attribute} .")
@@ -141,7 +55,7 @@ def lands() -> list[tuple[str, str]]:
 
 
 def biographies(seed: int = 0) -> Roles:
-    """The roles of the harness: every fact in all four wordings to learn, in one wording with alternatives to measure."""
+    """The roles of the harness: facts in all four wordings to learn, in one wording with alternatives to measure."""
     draw = random.Random(seed)
     names = [f"{a} {b}" for a in FIRST for b in LAST]
     draw.shuffle(names)
@@ -189,7 +103,7 @@ def _measured(fact: tuple[str, str, str], draw: random.Random) -> Record:
         answer=ANSWERS[0].format(name=name, attribute=attribute, value=value),
         subject=name,
         paraphrase=ANSWERS[1].format(name=name, attribute=attribute, value=value),
-        wrong=[ANSWERS[1].format(name=name, attribute=attribute, value=o) for o in draw.sample(others, 5)],
+        wrong=tuple(ANSWERS[1].format(name=name, attribute=attribute, value=o) for o in draw.sample(others, 5)),
         paraphrased_prompt=QUESTIONS[1].format(name=name, attribute=attribute),
     )
 
