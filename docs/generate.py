@@ -78,15 +78,14 @@ def overview() -> str:
             lines.append("No system yet.")
             continue
         lines += table(
-            ("system", "what it is", "source", "takes", "needs", "uses", "fidelity"),
+            ("system", "what it is", "source", "takes", "roles (optional)", "fidelity"),
             [
                 (
                     f"[{slug}]({slug}.md)",
                     cell(facts.title),
                     cell(facts.paper),
                     facts.takes,
-                    words(facts.needs),
-                    words(facts.uses),
+                    words(facts.needs) + (f" ({words(facts.uses)})" if facts.uses else ""),
                     facts.fidelity,
                 )
                 for slug, facts in own.items()
@@ -114,7 +113,14 @@ def page(slug: str, facts: Facts) -> str:
         lines.append("It has no hyperparameters.")
     reproduced = RESULTS / "reproduce" / f"{slug}.md"
     if reproduced.exists():
-        lines += ["", "## Reproduction", "", f"`palimpsest reproduce {slug}`", "", reproduced.read_text("utf-8").strip()]
+        lines += [
+            "",
+            "## Reproduction",
+            "",
+            f"`palimpsest reproduce {slug}`",
+            "",
+            reproduced.read_text("utf-8").strip(),
+        ]
     return "\n".join(lines) + "\n"
 
 

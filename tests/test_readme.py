@@ -12,7 +12,7 @@ LONG = ("demo", "compare", "reproduce", "forget")
 """Commands of minutes: their options are checked, the work is not done."""
 
 
-class Parsed(Exception):
+class Understood(BaseException):
     """The options were understood."""
 
 
@@ -21,7 +21,7 @@ def only_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stop(*arguments: object, **keywords: object) -> None:
         understand(*arguments, **keywords)  # type: ignore[call-overload]
-        raise Parsed
+        raise Understood
 
     monkeypatch.setattr(tyro, "cli", stop)
 
@@ -50,7 +50,7 @@ def test_the_short_commands_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [words for page in PAGES for words in commands(page) if words[0] in LONG], ids=str)
 def test_the_long_commands_are_understood(words, monkeypatch):
     only_parse(monkeypatch)
-    with pytest.raises(Parsed):
+    with pytest.raises(Understood):
         cli.main(words)
 
 

@@ -81,23 +81,38 @@ class Packed:
         return values.new_zeros(self.sequences).index_add(0, self.owner, values)
 
 
-def pack(sequences: Sequence[Encoded]) -> Packed:
-    """The trie of the sequences as one row."""
-    tokens: list[int] = []
-    depth: list[int] = []
+@dataclasses.dataclass(frozen=True)
+class _Trie:
+    """Distinct prefixes of some sequences: token and depth of each node, and the nodes of each sequence."""
+
+    tokens: list[int]
+    depth: list[int]
+    paths: list[np.ndarray]
+
+
+def _trie(sequences: Sequence[Encoded]) -> _Trie:
+    trie = _Trie([], [], [])
     child: dict[tuple[int, int], int] = {}
-    paths: list[np.ndarray] = []
     for sequence in sequences:
         node, path = -1, np.empty(len(sequence.tokens), dtype=np.int64)
         for position, token in enumerate(sequence.tokens):
             key = (node, token)
             if key not in child:
-                child[key] = len(tokens)
-                tokens.append(token)
-                depth.append(position)
+                child[key] = len(trie.tokens)
+                trie.tokens.append(token)
+                trie.depth.append(position)
             node = path[position] = child[key]
-        paths.append(path)
-    width = len(tokens)
+        trie.paths.append(path)
+    return trie
+
+
+def pack(sequences: Sequence[Encoded]) -> Packed:
+    """The trie of the sequences as one row."""
+    return _row(sequences, _trie(sequences))
+
+
+def _row(sequences: Sequence[Encoded], trie: _Trie) -> Packed:
+    width, paths = len(trie.tokens), trie.paths
     visible = np.zeros((width, width), dtype=bool)
     for path in paths:
         visible[path[:, None], path[None, :]] |= np.tri(len(path), dtype=bool)
@@ -107,8 +122,8 @@ def pack(sequences: Sequence[Encoded]) -> Packed:
     here = np.concatenate([path[s.start :] for s, path in zip(sequences, paths, strict=True)])
     targets, owner = _targets(sequences)
     return Packed(
-        tokens=torch.tensor([tokens]),
-        positions=torch.tensor([depth]),
+        tokens=torch.tensor([trie.tokens]),
+        positions=torch.tensor([trie.depth]),
         mask=mask[None, None],
         row=torch.zeros(len(at), dtype=torch.long),
         at=torch.from_numpy(at),
@@ -146,7 +161,9 @@ def _targets(sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
 
 
 def packer(network: Any) -> Pack:
-    """`pack` where the network computes packed sequences exactly as single ones (tried on two short ones), else `pad`.
+    """`pack` or `pad`, whichever is cheaper, where the network computes packed sequences exactly as single ones.
+
+    That is tried on two short ones; other networks always get `pad`.
 
     Layers that attend to a window only have it in a mask of their own, which ours would replace: sequences longer than
     the window are padded.
@@ -158,7 +175,27 @@ def packer(network: Any) -> Pack:
     if not known:
         return pad
     window = _window(network.config.get_text_config())
-    return lambda sequences: pack(sequences) if max(len(s.tokens) for s in sequences) <= window else pad(sequences)
+    linear, quadratic = _costs(network)
+
+    def arrange(sequences: Sequence[Encoded]) -> Packed:
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        if longest > window:
+            return pad(sequences)
+        trie = _trie(sequences)
+        nodes, cells = len(trie.tokens), len(sequences) * longest
+        # attention over one long row can cost more than the repeated and padded tokens, in small models above all
+        if linear * nodes + quadratic * nodes**2 > linear * cells + quadratic * cells * longest:
+            return pad(sequences)
+        return _row(sequences, trie)
+
+    return arrange
+
+
+def _costs(network: Any) -> tuple[int, int]:
+    """Multiply-adds a token outside attention, and a pair of tokens in attention at half the speed of a product."""
+    config = network.config.get_text_config()
+    inside = sum(p.numel() for p in network.parameters()) - network.get_input_embeddings().weight.numel()
+    return inside, 4 * config.hidden_size * config.num_hidden_layers
 
 
 def _window(config: Any) -> float:
