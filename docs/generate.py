@@ -139,7 +139,7 @@ def facts_rows(slug: str, facts: Facts) -> Iterator[tuple[str, str]]:
 def usage(slug: str, facts: Facts) -> Iterator[str]:
     """The command that uses the system."""
     roles = " ".join(f"{role} {role}.jsonl" for role in sorted(facts.needs | facts.uses))
-    given = f" --role {roles}" if roles else ""
+    given = f" \\\n        --role {roles}" if roles else ""
     if facts.verb == "audit":
         yield f"    palimpsest audit --model MODEL --probes {slug}{given} --out FOLDER"
     elif facts.verb == "recall":

@@ -56,6 +56,10 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+SHORT = Finetune(training=Training(learning_rate=1e-4, epochs=7, batch_size=8, warmup_epochs=0.5))
+"""How the embedded model learns a few dozen short facts."""
+
+
 def harness_task(battery: Sequence[str] | None = None) -> Task:
     """The small harness; every probe that it can serve."""
     from palimpsest.reproduce.harness import LEARNING, biographies, new_model
@@ -86,9 +90,9 @@ def _smaller(probe: Any) -> Any:
 
 
 def people_task(
-    people: int = 12,
+    people: int = 10,
     forget: int = 3,
-    facts: int = 5,
+    facts: int = 4,
     learn: Finetune | None = None,
     battery: Sequence[str] | None = None,
     max_new_tokens: int = 40,
@@ -98,7 +102,12 @@ def people_task(
 
     def data(seed: int) -> Roles:
         made = roles(people, forget, holdout_count=forget, seed=seed, facts_per_person=facts)
-        return made.replace(world=made["world"][:20], real=made["real"][:20], general=made["general"][:10])
+        return made.replace(
+            retain_probe=made["retain"][: forget * facts],
+            world=made["world"][:10],
+            real=made["real"][:10],
+            general=made["general"][:10],
+        )
 
     return Task(
         name=f"people-{people}-{forget}-{facts}",
@@ -106,7 +115,7 @@ def people_task(
         source=f"generated: {people} fictitious people, {facts} facts each",
         start=lambda seed: embedded(),
         roles=data,
-        learn=learn or Finetune(),
+        learn=learn or SHORT,
         probes=tuple(probes(battery, max_new_tokens=max_new_tokens)),
         max_new_tokens=max_new_tokens,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from palimpsest.data.encoding import Encoder
 from palimpsest.models.model import Model
@@ -26,14 +27,16 @@ def continue_tokens(
     results: list[list[int]] = [[] for _ in prompts]
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     for batch in run.track(batches, label):
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device
-        )
+        shared = _shared([prompts[i] for i in batch])
+        rests = [prompts[i][shared:] for i in batch]
+        width = max(map(len, rests))
+        # padding stands between the shared beginning and the rest, so that the beginning is computed once for all
+        ids = [[*prompts[i][:shared], *[pad] * (width - len(r)), *r] for i, r in zip(batch, rests, strict=True)]
+        mask = [[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
         generated = network.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            past_key_values=_cache(network, prompts[batch[0]][:shared], len(batch), model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -41,11 +44,31 @@ def continue_tokens(
             top_k=None,
             pad_token_id=pad,
             eos_token_id=sorted(stop),
-        )[:, width:].tolist()
+        )[:, shared + width :].tolist()
         for i, tokens in zip(batch, generated, strict=True):
             end = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
             results[i] = tokens[:end]
     return results
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, where that is worth a pass of its own; the last token is never shared."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = min(length, min(map(len, prompts)) - 1)
+    return length if length >= 8 else 0
+
+
+def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.device) -> Any:
+    """The network's key-value cache after the beginning, for a batch; None where there is nothing to share."""
+    if not beginning or not getattr(network, "_supports_default_dynamic_cache", lambda: True)():
+        return None
+    cache = DynamicCache(config=network.config)
+    network(input_ids=torch.tensor([list(beginning)], device=device), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(copies)
+    return cache
 
 
 def greedy_answers(

@@ -1,0 +1,42 @@
+"""Batched greedy generation gives what one prompt at a time gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import QUESTIONS
+
+from palimpsest.models.generation import continue_tokens, greedy_answers
+
+
+def alone(model, prompt, most):
+    """The plain greedy continuation of one prompt, token by token without a cache."""
+    tokens = list(prompt)
+    for _ in range(most):
+        with torch.no_grad():
+            best = int(model.network(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if best == model.tokenizer.eos_token_id:
+            break
+        tokens.append(best)
+    return tokens[len(prompt) :]
+
+
+def test_a_batch_with_a_shared_beginning_gives_what_each_prompt_gives_alone(causal_lm, run):
+    beginning = list(range(5, 17))
+    prompts = [beginning + rest for rest in ([20, 21], [22], [23, 24, 25, 26], [20, 21, 27])]
+    expected = [alone(causal_lm, prompt, 6) for prompt in prompts]
+    assert continue_tokens(causal_lm, prompts, run, 6) == expected
+
+
+def test_prompts_of_different_lengths_without_a_shared_beginning(causal_lm, run):
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+    assert continue_tokens(causal_lm, prompts, run, 5) == [alone(causal_lm, prompt, 5) for prompt in prompts]
+
+
+def test_equal_prompts_get_equal_answers(llama, run):
+    assert len(set(greedy_answers(llama, [QUESTIONS[0]] * 3, run, 5))) == 1
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_no_more_tokens_than_asked_for(llama, run, most):
+    assert all(len(tokens) <= most for tokens in continue_tokens(llama, [[5, 6], [7, 8, 9]], run, most))
