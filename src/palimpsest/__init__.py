@@ -46,6 +46,7 @@ _PUBLIC = {
     "Value": "palimpsest.audit.reading",
     "probes": "palimpsest.audit.battery",
     "measure": "palimpsest.audit.session",
+    "audit_saved": "palimpsest.audit.session",
     "described": "palimpsest.audit.session",
     "forget": "palimpsest.forgetting",
     "Task": "palimpsest.comparison",

@@ -210,13 +210,15 @@ def _show(words: list[str]) -> None:
 FIELD = ("name", "default", "limits", "help", "origin")
 
 
-def _describe(instance: Any, prefix: str = "") -> Any:
+def _describe(instance: Any, prefix: str = "", given: str | None = None) -> Any:
+    """Every setting by dotted name; a nested default that differs from its class's own has the origin of the system."""
     for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
+        value, about = getattr(instance, field.name), dict(field.metadata)
         if dataclasses.is_dataclass(value):
-            yield from _describe(value, f"{prefix}{field.name}.")
+            yield from _describe(value, f"{prefix}{field.name}.", about.get("origin"))
             continue
-        about = field.metadata
+        if given is not None and value != field.default:
+            about["origin"] = given
         limits = ", ".join(f"{bound} {limit:g}" for bound, limit in about.get("limits", {}).items())
         yield f"{prefix}{field.name}", value, limits, about.get("help", ""), about.get("origin", "")
 
@@ -431,7 +433,7 @@ def _positional(of: type) -> Any:
     return tyro.conf.Positional[of]
 
 
-def _settings_type(cls: type, default: Any) -> type:
+def _settings_type(cls: type, default: Any, given: str | None = None) -> type:
     """A dataclass for the command line with the fields of the settings, their help, origin and defaults."""
     import tyro
 
@@ -440,10 +442,11 @@ def _settings_type(cls: type, default: Any) -> type:
     for field in dataclasses.fields(cls):
         value = getattr(default, field.name)
         if dataclasses.is_dataclass(value):
-            nested = _settings_type(type(value), value)
+            nested = _settings_type(type(value), value, field.metadata.get("origin"))
             fields.append((field.name, nested, dataclasses.field(default_factory=nested)))
             continue
-        meaning = f"{field.metadata.get('help', '')} [{field.metadata.get('origin', '')}]"
+        origin = given if given is not None and value != field.default else field.metadata.get("origin", "")
+        meaning = f"{field.metadata.get('help', '')} [{origin}]"
         hint = Annotated[hints[field.name], tyro.conf.arg(help=meaning)]
         fields.append((field.name, hint, dataclasses.field(default=value)))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": cls.__doc__})

@@ -55,7 +55,7 @@ class Facts:
     takes: Kind = "causal-lm"
     needs: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
-    fidelity: str = "matches the official code"
+    fidelity: str
     deviations: tuple[str, ...] = ()
     preset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: str = ""
@@ -221,6 +221,8 @@ def _facts(slug: str, keywords: Mapping[str, Any], *, module: str, qualname: str
     unknown = set(keywords) - {field.name for field in dataclasses.fields(Facts)}
     if unknown:
         raise PalimpsestError(f"system {slug}: unknown fact {sorted(unknown)[0]!r}.")
+    if not keywords.get("fidelity"):
+        raise PalimpsestError(f"system {slug}: fidelity is not stated. Say how closely it follows its source.")
     if keywords.get("verb") not in VERBS:
         raise PalimpsestError(f"system {slug}: verb is {keywords.get('verb')!r}. Known: {', '.join(VERBS)}.")
     sets = {name: frozenset(keywords.get(name, ())) for name in ("needs", "uses")}

@@ -44,6 +44,7 @@ def share(right: float, wrong: list[float]) -> float:
     title="Answer probability",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
     uses={"forget", "retain", "real", "world"},
+    fidelity="matches the official code",
 )
 class AnswerProbability(Probe):
     """The mean probability of the true answers of every role."""

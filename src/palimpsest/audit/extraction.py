@@ -71,6 +71,7 @@ class ExtractionStrength(Probe):
     paper="Tirumala et al. 2022 (arXiv 2205.10770)",
     needs={"forget"},
     uses={"retain"},
+    fidelity="matches the official code",
 )
 class ExactMemorisation(Probe):
     """The share of answer tokens that the model predicts right under teacher forcing."""

@@ -47,6 +47,7 @@ def resamples(n: int, seed: int, times: int = 200) -> np.ndarray:
     title="Forget quality (Kolmogorov-Smirnov against gold)",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
     needs={"forget"},
+    fidelity="matches the official code",
 )
 class ForgetQuality(Probe):
     """The p-value of a test that asks whether the model can be told from gold on the forget set."""

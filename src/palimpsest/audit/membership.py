@@ -91,6 +91,8 @@ def gradient_norms(model: Model, records: list[Record], run: Run) -> np.ndarray:
     title="Membership inference (six attacks)",
     paper="Shi et al. 2024 (arXiv 2310.16789) and others",
     needs={"forget", "holdout"},
+    fidelity="adapted",
+    deviations=("the gradient norm is taken in eval mode",),
 )
 class Membership(Probe):
     """The AUC of six attacks that tell the forget records from never-seen ones."""
@@ -137,6 +139,7 @@ class Membership(Probe):
     title="PrivLeak",
     paper="Shi et al. 2024 (arXiv 2407.06460)",
     needs={"forget", "holdout"},
+    fidelity="matches the official code",
 )
 class PrivLeak(Probe):
     """Min-K% membership relative to gold, per cent: -100 still memorised, 0 good, above 0 over-forgotten."""

@@ -37,6 +37,8 @@ def harmonic_mean(values: Sequence[float]) -> float:
     title="Model utility",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
     uses={"retain", "real", "world"},
+    fidelity="matches the official code",
+    deviations=("the truth ratio of the utility sets takes the geometric mean, as the paper; its code the arithmetic",),
 )
 class ModelUtility(Probe):
     """The harmonic mean of probability, ROUGE-L recall and truth ratio over retain, real and world."""

@@ -34,6 +34,8 @@ END_OF_ANSWER = re.compile(r"\n\n|\nQuestion|Question:")
     title="Verbatim memory",
     paper="Shi et al. 2024 (arXiv 2407.06460)",
     needs={"forget"},
+    fidelity="adapted",
+    deviations=("the prefix is the first half of the scored tokens",),
 )
 class VerbatimMemory(Probe):
     """ROUGE-L F1 of the greedy continuation of the first half of each forget record."""
@@ -65,6 +67,8 @@ class VerbatimMemory(Probe):
     paper="Shi et al. 2024 (arXiv 2407.06460)",
     needs={"forget"},
     uses={"retain"},
+    fidelity="adapted",
+    deviations=("examples come from the real and world sets",),
 )
 class KnowledgeMemory(Probe):
     """ROUGE-L F1 of few-shot answers on forget and retain questions."""

@@ -46,6 +46,7 @@ def recalls(model: Model, records: list[Record], run: Run, max_new_tokens: int) 
     title="ROUGE-L recall",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
     uses={"forget", "retain", "real", "world"},
+    fidelity="matches the official code",
 )
 class RougeRecall(Probe):
     """The mean ROUGE-L recall of the greedy answers of every role."""

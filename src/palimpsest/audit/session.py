@@ -137,7 +137,7 @@ def _role(records: Sequence[Record]) -> RoleData:
 def audit_saved(
     models: Sequence[str],
     data: Roles,
-    out: Path,
+    out: str | Path,
     run: Run,
     *,
     before: str | None = None,
@@ -152,6 +152,7 @@ def audit_saved(
     from palimpsest.models.loading import load
     from palimpsest.report import page
 
+    out = Path(out)
     if (out / "evidence.json").exists() and not overwrite:
         raise PalimpsestError(f"{out} already holds evidence. Choose another folder, or pass --overwrite.")
     if not any(data.probe(role) for role in ("forget", "retain")):

@@ -57,6 +57,7 @@ def ratios(model: Model, records: list[Record], run: Run, mean: Mean = "geometri
     title="Truth ratio",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
     uses={"forget", "retain", "real", "world"},
+    fidelity="matches the official code",
 )
 class TruthRatio(Probe):
     """The truth ratio of every role whose records have wrong answers."""

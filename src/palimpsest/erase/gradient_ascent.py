@@ -85,6 +85,7 @@ def everywhere(model: Model, records: list[Record], training: Training) -> list[
     needs={"forget"},
     uses={"retain"},
     fidelity="matches the official code",
+    deviations=("KL averages over scored tokens by default, the code over all positions",),
 )
 class GradientAscent(Method):
     """Raises the loss on the forget answers; `retain` chooses what holds the rest."""

@@ -43,6 +43,7 @@ def npo_loss(nll: Float[Tensor, " batch"], reference_nll: Float[Tensor, " batch"
     needs={"forget"},
     uses={"retain"},
     fidelity="matches the official code",
+    deviations=("the reference likelihoods are computed once before training",),
 )
 class NPO(Method):
     """Pushes the forget answers down relative to the model as given; holds `retain` where it is given."""

@@ -84,6 +84,7 @@ def answers_of(records: list[Record]) -> list[str]:
     takes="causal-lm",
     needs={"forget", "retain"},
     fidelity="matches the official code",
+    deviations=("the sum of two means; the code takes one token-weighted mean over both sets",),
 )
 class PreferenceOptimisation(Method):
     """Fine-tunes on another answer to the forget questions while holding `retain`."""

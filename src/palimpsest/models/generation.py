@@ -55,7 +55,8 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, where that is worth a pass of its own; the last token is never shared."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)
+    ordered = sorted(tuple(prompt) for prompt in prompts)
+    first, last = ordered[0], ordered[-1]
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     length = min(length, min(map(len, prompts)) - 1)
     return length if length >= 8 else 0
