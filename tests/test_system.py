@@ -148,16 +148,18 @@ def test_an_own_check_runs_after_the_ranges():
 
 def test_a_system_states_known_facts_and_verbs_only():
     with pytest.raises(PalimpsestError, match=r"system x: verb is 'remove'\. Known: write, keep, erase"):
-        system("x", verb="remove", title="X", paper="")(type("X", (Method,), {}))
+        system("x", verb="remove", title="X", paper="", fidelity="exact")(type("X", (Method,), {}))
     with pytest.raises(PalimpsestError, match="system x: unknown fact 'colour'"):
-        system("x", verb="erase", title="X", paper="", colour="red")(type("X", (Method,), {}))
+        system("x", verb="erase", title="X", paper="", fidelity="exact", colour="red")(type("X", (Method,), {}))
+    with pytest.raises(PalimpsestError, match="system x: fidelity is not stated"):
+        system("x", verb="erase", title="X", paper="")(type("X", (Method,), {}))
 
 
 THIRD_PARTY = '''
 import torch
 from palimpsest.system import Method, setting, system
 
-@system("scrape", verb="erase", title="Scraping", paper="none", takes="causal-lm", needs={"forget"})
+@system("scrape", verb="erase", title="Scraping", paper="none", takes="causal-lm", needs={"forget"}, fidelity="exact")
 class Scrape(Method):
     """Scrapes the page."""
 

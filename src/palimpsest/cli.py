@@ -8,6 +8,7 @@ Results go to standard output, progress and messages to standard error. Exit cod
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,10 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except PalimpsestError as error:
-        console().print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+        from rich.markup import escape
+
+        console().print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console().print("stopped; the same command goes on from the last checkpoint.")
+        console().print("stopped; with --work (or the --out of compare, reproduce, demo) the same command goes on.")
         return 130
 
 
@@ -68,6 +71,14 @@ def overview() -> str:
         "Every command explains itself with --help.",
     ]
     return "\n".join(lines)
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Raises where results could not go into the folder: it holds files already, or is one."""
+    if folder.exists() and not folder.is_dir():
+        raise PalimpsestError(f"{folder} is a file, expected a folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise PalimpsestError(f"{folder} already holds files. Choose another folder, or pass --overwrite.")
 
 
 # --- options that several commands share -----------------------------------------------------------------------------
@@ -128,6 +139,10 @@ class DataOptions:
         from palimpsest.data.records import Roles, by_subject
         from palimpsest.data.tofu import tofu
 
+        if self.forget_subject and not self.data:
+            raise PalimpsestError("--forget-subject names subjects in --data. Pass --data FILE.")
+        if self.tofu and (self.data or self.role):
+            raise PalimpsestError("--tofu brings all roles with it. Leave out --data and --role.")
         if self.tofu:
             return tofu(self.tofu, self.tofu_source, authors=self.tofu_authors, forget_authors=self.tofu_forget_authors)
         named = {name: load_records(str(path), fields=self.fields or None) for name, path in self.role.items()}
@@ -257,8 +272,7 @@ def _change(verb: str, words: list[str]) -> int:
     options = _parse(Options, words[1:], f"{verb} {slug}")
     from palimpsest.models.loading import load
 
-    if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
-        raise PalimpsestError(f"{options.out} already holds files. Choose another folder, or pass --overwrite.")
+    check_free(options.out, options.overwrite)
     method = create(slug, **_flat_items(options.method))
     roles = options.data.roles()
     run = options.run.run().replace(in_place=True)
@@ -302,7 +316,7 @@ def _audit(words: list[str]) -> None:
         battery=options.probes or None,
         max_new_tokens=options.max_new_tokens,
         source=options.data.source,
-        command="palimpsest audit " + " ".join(words),
+        command=shlex.join(["palimpsest", "audit", *words]),
         overwrite=options.overwrite,
     )
     print(page)

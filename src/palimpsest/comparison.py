@@ -120,7 +120,7 @@ class _Cells:
 
         saved = self.folder / "models" / f"{part}-{self._key(part, None)}"
         if saved.exists():
-            model = load(str(saved))
+            model = load(str(saved), run=self.run)
         else:
             forget = {record.key for record in self.roles.forget}
             everything = self.roles.train
@@ -134,7 +134,7 @@ class _Cells:
 
     def _erased(self, method: Method) -> Model:
         before = self._learned("before")
-        return method.apply(before, self.roles, self.run.replace(folder=self.folder / "work"))
+        return method.apply(before, self.roles, self.run.replace(folder=self.folder / "work", in_place=False))
 
     def _measured(self, name: str, part: Part, model: Model) -> ModelEvidence:
         return measure(

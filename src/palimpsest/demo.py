@@ -4,6 +4,7 @@ Offline, on the embedded model. Everything that was computed is kept in the fold
 """
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def command(words: list[str]) -> None:
 
     options = tyro.cli(Options, args=words, prog="palimpsest demo")
     start = time.perf_counter()
-    task = dataclasses.replace(people_task(), command="palimpsest demo " + " ".join(words))
+    task = dataclasses.replace(people_task(), command="palimpsest demo " + shlex.join(words))
     found = compare(
         task,
         tuned(METHODS, EMBEDDED),

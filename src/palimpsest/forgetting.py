@@ -16,7 +16,7 @@ import numpy as np
 from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.rouge_recall import rouge_l
 from palimpsest.data.encoding import Encoder
-from palimpsest.data.loading import load_records
+from palimpsest.data.loading import FILE_TYPES, load_records
 from palimpsest.data.records import Record, Roles, by_subject
 from palimpsest.data.words import WORLD_FACTS
 from palimpsest.erase.undial import UNDIAL
@@ -101,9 +101,10 @@ def forget(
 ) -> Model:
     """The model after forgetting a question, a list of questions or records, a file of records, or a name.
 
-    A name is looked up as a subject in `data` where that is given, else the model is asked about it. It stops when the
-    mean answer probability on the topic is at most `enough`, or when that on kept questions falls below `floor` times
-    what it was. `model.story` of the result says what was chosen, and has the answers before and after.
+    A name is looked up as a subject in `data` where that is given (one that is not there raises), else the model is
+    asked about it. It stops when the mean answer probability on the topic is at most `enough`, or when that on kept
+    questions falls below `floor` times what it was. `model.story` of the result says what was chosen, and has the
+    answers before and after.
     """
     start = time.perf_counter()
     run = Run(seed=seed, progress=progress)
@@ -114,9 +115,13 @@ def forget(
     why: list[str] = []
     records = _topic(model, about, data, run, why)
     kept = list(retain) if retain is not None else _kept(model, records, data, run, why)
+    if len(kept) < 2:
+        raise PalimpsestError(
+            f"too few records to keep ({len(kept)}): at least one to learn and one to measure are needed."
+        )
     held_out, taught = kept[::4], [record for i, record in enumerate(kept) if i % 4]
-    questions = tuple(record.prompt or "" for record in records)[:12]
-    before_answers = greedy_answers(model, questions, run, max_new_tokens=48)
+    questions = tuple(record.prompt for record in records if record.prompt)[:12]
+    before_answers = _asked(model, questions, run, 48)
     before = float(probabilities(model, records, run).mean())
     if before <= enough:
         raise PalimpsestError(
@@ -132,7 +137,7 @@ def forget(
     erased.story = Story(
         questions=questions,
         before=tuple(before_answers),
-        after=tuple(greedy_answers(erased, questions, run, max_new_tokens=48)),
+        after=tuple(_asked(erased, questions, run, 48)),
         probability_before=before,
         probability_after=after,
         kept=still,
@@ -178,7 +183,11 @@ class _Stopping:
             "Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its "
             "answers stay fluent."
         )
-        return UNDIAL(focus="content", training=training).apply(model, data, self.run.replace(stop=self.look))
+        chosen = len(self.why)
+        erased = UNDIAL(focus="content", training=training).apply(model, data, self.run.replace(stop=self.look))
+        if len(self.why) == chosen:
+            self.why.append(f"Stopped after {self.steps} steps, the most it takes; the topic is not gone.")
+        return erased
 
     def look(self, step: int, student: Model) -> bool:
         self.steps = step
@@ -189,7 +198,7 @@ class _Stopping:
         rest = float(probabilities(student, self.held_out, quiet).mean()) / self.rest
         student.network.train()
         if topic <= self.enough:
-            self.why.append(f"Stopped after {step} steps: the topic is as improbable as to a model that never saw it.")
+            self.why.append(f"Stopped after {step} steps: the answer probability of the topic is down to {topic:.2f}.")
             return True
         if rest < self.floor:
             self.why.append(f"Stopped after {step} steps: the rest had fallen to {rest:.0%} of what it was.")
@@ -199,12 +208,12 @@ class _Stopping:
 
 def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
     """The records to forget; what the model itself answers stands in where only questions are given."""
-    if isinstance(about, (str, Path)) and Path(about).suffix and Path(about).exists():
+    if isinstance(about, Path) or (isinstance(about, str) and Path(about).suffix in FILE_TYPES):
         records = load_records(str(about))
         why.append(f"Topic: the {len(records)} records of {about}.")
     elif isinstance(about, Record):
         records = [about]
-    elif isinstance(about, str) and data is not None and any(record.subject == about for record in data):
+    elif isinstance(about, str) and data is not None and not about.rstrip().endswith("?"):
         records = by_subject(data, about)[0]
         why.append(f"Topic: the {len(records)} records about {about}.")
     elif isinstance(about, str):
@@ -226,8 +235,8 @@ def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, wh
 def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
     """Records to keep: the other given ones, else the model's own answers to neutral questions apart from the topic."""
     if data is not None:
-        forget = {record.key for record in records}
-        others = [record for record in data if record.key not in forget]
+        forget, asked = {record.key for record in records}, {record.prompt for record in records if record.prompt}
+        others = [record for record in data if record.key not in forget and record.prompt not in asked]
         if others:
             why.append(f"Kept: the {len(others)} other records.")
             return others
@@ -246,8 +255,12 @@ def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, ru
 
 
 def _answered(model: Model, questions: list[str], run: Run, most: int) -> list[Record]:
-    texts = greedy_answers(model, questions, run, max_new_tokens=most)
+    texts = _asked(model, questions, run, most)
     return [Record(prompt=q, answer=text) for q, text in zip(questions, texts, strict=True) if text]
+
+
+def _asked(model: Model, questions: Sequence[str], run: Run, most: int) -> list[str]:
+    return greedy_answers(model, questions, run, max_new_tokens=most) if questions else []
 
 
 def _similarity(record: Record, topic: Sequence[Record]) -> float:
@@ -260,6 +273,8 @@ def _similarity(record: Record, topic: Sequence[Record]) -> float:
 def command(words: list[str]) -> None:
     """`palimpsest forget`."""
     import tyro
+
+    from palimpsest.cli import check_free
 
     @dataclasses.dataclass(kw_only=True)
     class Options:
@@ -281,8 +296,7 @@ def command(words: list[str]) -> None:
         """no progress bars"""
 
     options = tyro.cli(Options, args=words, prog="palimpsest forget")
-    if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
-        raise PalimpsestError(f"{options.out} already holds files. Choose another folder, or pass --overwrite.")
+    check_free(options.out, options.overwrite)
     about = options.about[0] if len(options.about) == 1 else list(options.about)
     data = load_records(str(options.data)) if options.data is not None else None
     erased = forget(options.model, about, data=data, seed=options.seed, progress=not options.quiet)

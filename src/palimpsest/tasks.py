@@ -1,6 +1,6 @@
 """The tasks that methods are compared on, and the command `palimpsest compare`.
 
-    harness   a 0.24 M model over biographies of 48 people: minutes for all methods and seeds
+    harness   a 0.23 M model over biographies of 48 people: minutes for all methods and seeds
     people    the embedded language model over fictitious people: the demo
     tofu      the embedded language model on TOFU
 
@@ -10,6 +10,7 @@ were chosen on data that the tables do not use (`VALIDATION_SEED`).
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def command(words: list[str]) -> None:
     from palimpsest.run import Run
 
     methods = tuned(options.methods, table, {key: _value(text) for key, text in options.set.items()})
-    task = dataclasses.replace(task, command="palimpsest compare " + " ".join(words))
+    task = dataclasses.replace(task, command="palimpsest compare " + shlex.join(words))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     found = compare(
         task, methods, options.out, seeds=list(seeds), run=Run(progress=not options.quiet), default=options.default

@@ -14,13 +14,17 @@ generic ones in the text; UNDIAL (Dong et al. 2024, arXiv 2402.10052) distils fr
     S               strangers, names that are in no record
     q_t     teacher    [targets, vocab]  mean over S of p_ref(. | question and answer so far, with the stranger's name);
                                          at the tokens of the name itself: p_ref(. | real name)
+    f               facts                1 where the true token y_t carries the fact (see `undial.carries_fact`)
+    c               caution              how far those are lowered: a learned fact is likelier for strangers, too
 
+    q_t <- softmax(log q_t - c f_t onehot(y_t))
     L = mean_t KL(q_t || p) on forget  +  retain_weight mean_t KL(p_ref || p) on retain
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
@@ -32,6 +36,7 @@ from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.fictitious import people
 from palimpsest.data.records import Record, Roles
 from palimpsest.erase.gradient_ascent import retain_loss
+from palimpsest.erase.undial import carries_fact, lowered
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -42,19 +47,20 @@ from palimpsest.train import Batch, Training, schedule, train
 
 def with_name(record: Record, stranger: str) -> Record:
     """The record with its subject's name, whole or in parts, replaced by the stranger's."""
-    assert record.subject is not None
-    pairs = [(record.subject, stranger)]
-    own, other = record.subject.split(), stranger.split()
+    subject = record.subject
+    assert subject is not None
+    own, other = subject.split(), stranger.split()
+    instead = {subject: stranger}
     if len(own) > 1:
-        pairs += [(own[0], other[0]), (own[-1], other[-1])]
+        instead |= {own[0]: other[0], own[-1]: other[-1]}
+    names = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, instead))})(?!\w)")
 
-    def swap(text: str | None) -> str | None:
-        if text is not None:
-            for name, instead in pairs:
-                text = text.replace(name, instead)
-        return text
+    def swap(text: str) -> str:
+        return names.sub(lambda found: instead[found[0]], text)
 
-    return dataclasses.replace(record, prompt=swap(record.prompt), answer=swap(record.answer), text=swap(record.text))
+    chat = record.messages and tuple({**message, "content": swap(message["content"])} for message in record.messages)
+    prompt, answer, text = (given and swap(given) for given in (record.prompt, record.answer, record.text))
+    return dataclasses.replace(record, prompt=prompt, answer=answer, text=text, messages=chat)
 
 
 def aligned(own: Sequence[int], swapped: Sequence[int]) -> Int[Tensor, " targets"]:
@@ -80,7 +86,7 @@ class Teacher:
             aligned(sequences[i % self._count].targets, other.targets).to(model.device)
             for i, other in enumerate(swapped)
         ]
-        if all(bool((place == torch.arange(len(place))).all()) for place in map(torch.Tensor.cpu, self._places)):
+        if all(with_name(record, names[0]) == record for record in records):
             raise PalimpsestError(
                 "stranger: no forget record mentions its subject by name; nothing would be forgotten."
             )
@@ -93,7 +99,7 @@ class Teacher:
 
     def _of(self, i: int) -> Float[Tensor, "targets vocabulary"]:
         own = self._own.logits(torch.tensor([i])).softmax(-1)
-        total, seen = torch.zeros_like(own), torch.zeros(len(own), 1)
+        total, seen = torch.zeros_like(own), own.new_zeros(len(own), 1)
         for k in range(self._many):
             j = k * self._count + i
             place = self._places[j]
@@ -115,6 +121,9 @@ class Teacher:
 class Stranger(Method):
     """Distils the model's own predictions about strangers into its predictions about the forgotten."""
 
+    caution: float = setting(
+        default=4.0, at_least=0, origin="ours", help="how far the logit of a word that carries the fact is lowered"
+    )
     strangers: int = setting(default=4, at_least=1, origin="ours", help="how many names the teacher averages over")
     retain_weight: float = setting(default=1.0, at_least=0, origin="ours", help="weight of the divergence on retain")
     training: Training = setting(default=Training(learning_rate=5e-5), origin="ours", help="how to train")
@@ -131,11 +140,14 @@ class Stranger(Method):
         )
         names = [name for name in candidates if name and name not in taken][: self.strangers]
         teacher = Teacher(model, plan.sequences["forget"], data.forget, names, run)
+        facts = [carries_fact(model.tokenizer, sequence).to(model.device) for sequence in plan.sequences["forget"]]
         hold = retain_loss("kl", model, plan, run)
 
         def objective(batch: Batch) -> Float[Tensor, ""]:
-            q, log_p = teacher.probabilities(batch.forget.index), batch.forget.logits.log_softmax(-1)
-            divergence = (torch.xlogy(q, q) - q * log_p).sum(-1)
-            return batch.forget.mean_tokens(divergence) + self.retain_weight * hold(batch)
+            forget, mask = batch.forget, torch.cat([facts[int(i)] for i in batch.forget.index])
+            stranger = teacher.probabilities(forget.index).clamp_min(1e-30).log()
+            q = lowered(stranger, forget.targets, mask, self.caution).softmax(-1)
+            divergence = (torch.xlogy(q, q) - q * forget.logits.log_softmax(-1)).sum(-1)
+            return forget.mean_tokens(divergence) + self.retain_weight * hold(batch)
 
         return train(model, plan, objective, self.training, run)

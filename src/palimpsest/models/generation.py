@@ -76,6 +76,8 @@ def greedy_answers(
     model: Model, questions: Sequence[str], run: Run, max_new_tokens: int, label: str = "answering"
 ) -> list[str]:
     """The greedy answer to each question, in the model's chat template where it has one."""
+    if not questions:
+        return []
     encoder = Encoder.of(model)
     generated = continue_tokens(model, [encoder.prompt(q) for q in questions], run, max_new_tokens, label)
     return [text.strip() for text in model.tokenizer.batch_decode(generated, skip_special_tokens=True)]

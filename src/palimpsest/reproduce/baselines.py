@@ -73,16 +73,19 @@ def _text(values: np.ndarray) -> str:
 
 def _check(expected: str, table: dict, name: str, other: str, column: str, share: float) -> Check:
     x, y = table[name][column], table[other][column]
-    verdict: Verdict = (
-        "holds" if (x < share * y).all() else "does not hold" if (x >= share * y).all() else "inconclusive"
-    )
-    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=verdict)
+    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=_above(share * y, x))
 
 
 def _more(expected: str, table: dict, name: str, other: str, column: str) -> Check:
     x, y = table[name][column], table[other][column]
-    verdict: Verdict = "holds" if (x > y).all() else "does not hold" if (x <= y).all() else "inconclusive"
-    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=verdict)
+    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=_above(x, y))
+
+
+def _above(x: np.ndarray, y: np.ndarray) -> Verdict:
+    """Whether x is above y for every seed; a seed without a value decides nothing."""
+    if len(x) != len(y) or not len(x):
+        return "inconclusive"
+    return "holds" if (x > y).all() else "does not hold" if (x <= y).all() else "inconclusive"
 
 
 REPRODUCTION = Reproduction(

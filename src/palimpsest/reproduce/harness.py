@@ -1,4 +1,4 @@
-"""The small harness: a 0.24 M-parameter language model over biographies of 48 people, for tests and reproductions.
+"""The small harness: a 0.23 M-parameter language model over biographies of 48 people, for tests and reproductions.
 
 48 people with five attributes, two ways to ask and two to answer, and 40 capitals that no method ever touches (the
 `world`). The model that learned everything and the one that never saw the eight forget people train in about a minute
@@ -134,7 +134,7 @@ def tokenizer() -> Any:
 
 
 def new_model(seed: int = 0) -> Model:
-    """A harness model that knows nothing: 4 layers, width 64, about 0.24 M weights."""
+    """A harness model that knows nothing: 4 layers, width 64, about 0.23 M weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer()

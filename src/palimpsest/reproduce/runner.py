@@ -121,6 +121,7 @@ def command(words: list[str]) -> None:
     reproduction = find(options.name)
     seeds = list(range(options.seeds))
     folder = options.out / options.name
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     outcome = reproduction.measure(seeds, folder, Run(progress=not options.quiet))
     seconds = time.perf_counter() - start
