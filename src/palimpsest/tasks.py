@@ -54,6 +54,8 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
         "training.batch_size": 8,
         "training.warmup_epochs": 0.5,
     },
+    "stranger": {"training.learning_rate": 1e-4, "training.epochs": 10},
+    "npo": {"training.learning_rate": 3e-5},
 }
 
 
@@ -105,8 +107,8 @@ def people_task(
         made = roles(people, forget, holdout_count=forget, seed=seed, facts_per_person=facts)
         return made.replace(
             retain_probe=made["retain"][: forget * facts],
-            world=made["world"][:10],
-            real=made["real"][:10],
+            world=made["world"][:20],
+            real=made["real"][:20],
             general=made["general"][:10],
         )
 

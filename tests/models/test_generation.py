@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import QUESTIONS
 
+from conftest import QUESTIONS
 from palimpsest.models.generation import continue_tokens, greedy_answers
 
 

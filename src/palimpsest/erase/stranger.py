@@ -122,10 +122,15 @@ class Stranger(Method):
     """Distils the model's own predictions about strangers into its predictions about the forgotten."""
 
     caution: float = setting(
-        default=4.0, at_least=0, origin="ours", help="how far the logit of a word that carries the fact is lowered"
+        default=8.0,
+        at_least=0,
+        origin="ours, validation people",
+        help="how far the logit of a word that carries the fact is lowered",
     )
     strangers: int = setting(default=4, at_least=1, origin="ours", help="how many names the teacher averages over")
-    retain_weight: float = setting(default=1.0, at_least=0, origin="ours", help="weight of the divergence on retain")
+    retain_weight: float = setting(
+        default=2.0, at_least=0, origin="ours, validation people", help="weight of the divergence on retain"
+    )
     training: Training = setting(default=Training(learning_rate=5e-5), origin="ours", help="how to train")
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
