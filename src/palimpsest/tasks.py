@@ -92,6 +92,15 @@ def _smaller(probe: Any) -> Any:
     return probe
 
 
+def _shorter(probe: Any) -> Any:
+    """Probe settings for a few dozen facts and a few minutes: no gradient norms, a short relearning attack."""
+    if probe.facts.slug == "membership":
+        return dataclasses.replace(probe, gradients=False)
+    if probe.facts.slug == "relearning":
+        return dataclasses.replace(probe, points=2, training=dataclasses.replace(probe.training, epochs=4))
+    return probe
+
+
 def people_task(
     people: int = 10,
     forget: int = 3,
@@ -119,7 +128,7 @@ def people_task(
         start=lambda seed: embedded(),
         roles=data,
         learn=learn or SHORT,
-        probes=tuple(probes(battery, max_new_tokens=max_new_tokens)),
+        probes=tuple(_shorter(probe) for probe in probes(battery, max_new_tokens=max_new_tokens)),
         max_new_tokens=max_new_tokens,
     )
 

@@ -186,3 +186,12 @@ def test_names_are_listed_without_end():
 
 def test_percentages_have_a_digit_below_ten():
     assert (percent(0.018), percent(0.0997), percent(0.5)) == ("1.8 %", "10 %", "50 %")
+
+
+def test_a_measure_that_saw_nothing_before_cannot_show_that_it_is_still_there():
+    blind = {"knowledge_memory/forget": 0.11}
+    found = verdict(small({"knowledge_memory/forget": 0.21}, before=blind, gold={"knowledge_memory/forget": 0.06}))
+    assert found.outcome == "forgotten"
+    seeing = {"knowledge_memory/forget": 0.8}
+    found = verdict(small({"knowledge_memory/forget": 0.6}, before=seeing, gold={"knowledge_memory/forget": 0.06}))
+    assert found.outcome == "hidden"

@@ -99,6 +99,12 @@ _METRICS: dict[str, Metric] = {
         "or another prompt may bring out more.",
     ),
     "exact_memorisation": Metric(title="Exact memorisation", bounds=_UNIT),
+    "ks_distance": Metric(
+        title="Distance of truth ratios from gold's (KS)", section="Forgetting", better="lower", bounds=_UNIT
+    ),
+    "relearned": Metric(
+        title="Probability after the relearning attack", section="Being found out", better="gold", bounds=_UNIT
+    ),
     "verbatim_memory": Metric(title="Verbatim memory", bounds=_UNIT),
     "knowledge_memory": Metric(title="Knowledge memory", bounds=_UNIT),
     "forget_quality": Metric(

@@ -119,6 +119,9 @@ def hidden(sides: Comparison, who: str) -> Finding | None:
         if name == recall_name(sides) or before is None or after is None:
             continue
         floor = gold if gold is not None else 0.0
+        # A measure that hardly saw the memory before cannot show that it is still there.
+        if before - floor <= MARGIN:
+            continue
         # The margin grows with what there was to erase, so that a small remainder of a large memory is not an alarm.
         if after - floor > max(MARGIN, 0.25 * (before - floor)):
             label = metric(name).title.partition(",")[0].lower()

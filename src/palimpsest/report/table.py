@@ -80,7 +80,9 @@ def build(evidence: Evidence, metrics: Sequence[str] | None = None) -> Table:
     sides = compare(evidence)
     groups = sides.all()
     found = dict.fromkeys(name for group in groups for name in group.names())
-    names = [name for name in metrics if name in found] if metrics is not None else sorted(found, key=rank)
+    # the parts of the utility stand in the table under names of their own
+    whole = [name for name in sorted(found, key=rank) if not name.startswith("part/")]
+    names = [name for name in metrics if name in found] if metrics is not None else whole
     values = {(name, group.name): value for name in names for group in groups if (value := group.get(name))}
     cells = {
         (name, group.name): _cell(value, group, sides.gold)
