@@ -127,6 +127,13 @@ def test_a_second_call_reads_the_cells(done):
     assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
 
 
+def test_other_probes_are_measured_on_the_models_that_were_kept(done):
+    folder, _ = done
+    task = dataclasses.replace(TASK, start=never, probes=tuple(probes(["exact-memorisation"])))
+    found = compared(folder, task, methods=(), keep_models=True)
+    assert [model.readings[0].probe for model in found.models] == ["exact-memorisation"] * 2
+
+
 @pytest.mark.parametrize("models", ["kept", "lost"])
 def test_an_interrupted_comparison_computes_only_what_is_missing(models, tmp_path):
     task = dataclasses.replace(TASK, learn=ONCE)

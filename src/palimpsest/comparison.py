@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from palimpsest import __version__
 from palimpsest.audit.session import described, measure
@@ -99,18 +100,15 @@ class _Cells:
         return _read(path)
 
     def _key(self, part: Part, method: Method | None) -> str:
-        decides = {
-            "version": __version__,
-            "task": self.task.name,
-            "data": self.roles.digest(),
-            "learn": to_dict(self.task.learn),
-            "probes": [(probe.facts.slug, to_dict(probe)) for probe in self.task.probes],
-            "tokens": self.task.max_new_tokens,
-            "part": part,
-            "method": None if method is None else [slug_of(method), to_dict(method)],
-            "seed": self.run.seed,
-        }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        """What a measured model is filed under."""
+        measures = [(probe.facts.slug, to_dict(probe)) for probe in self.task.probes]
+        changes = None if method is None else [slug_of(method), to_dict(method)]
+        return _digest([self._origin(part), self.roles.digest(), measures, self.task.max_new_tokens, changes])
+
+    def _origin(self, part: Part) -> list[Any]:
+        """What decides a model that learned, whatever is measured on it."""
+        learned = {role: digest for role, digest in self.roles.digest().items() if role in ("train", "forget")}
+        return [__version__, self.task.name, learned, to_dict(self.task.learn), part, self.run.seed]
 
     def _learned(self, part: Part) -> Model:
         """The model that learned everything, or gold; kept in the folder until the comparison is complete."""
@@ -118,7 +116,7 @@ class _Cells:
             return self._models[part]
         from palimpsest.models.loading import load
 
-        saved = self.folder / "models" / f"{part}-{self._key(part, None)}"
+        saved = self.folder / "models" / f"{part}-{_digest(self._origin(part))}"
         if saved.exists():
             model = load(str(saved), run=self.run)
         else:
@@ -148,6 +146,10 @@ class _Cells:
             before=self._learned("before") if part == "erased" else None,
             max_new_tokens=self.task.max_new_tokens,
         )
+
+
+def _digest(decides: Any) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def _read(path: Path) -> ModelEvidence:
