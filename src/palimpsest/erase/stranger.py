@@ -117,6 +117,7 @@ class Teacher:
     takes="causal-lm",
     needs={"forget", "retain"},
     fidelity="our own definition",
+    deviations=("strangers' names come from the generator that also names the fictitious people of the demo",),
 )
 class Stranger(Method):
     """Distils the model's own predictions about strangers into its predictions about the forgotten."""
