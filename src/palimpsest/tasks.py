@@ -138,19 +138,27 @@ def tofu_task(
     source: Path | None = None,
     authors: int | None = None,
     forget_authors: int | None = None,
+    most: int | None = None,
     learn: Finetune | None = None,
     battery: Sequence[str] | None = None,
     max_new_tokens: int = 200,
 ) -> Task:
-    """The embedded model on TOFU, or on a stated part of its authors."""
+    """The embedded model on TOFU, or on a stated part of its authors; at most `most` records measure each role."""
     from palimpsest.data.tofu import tofu
+
+    @functools.cache
+    def data(seed: int) -> Roles:
+        made = tofu(split, source, authors=authors, forget_authors=forget_authors)
+        measured = {role: made.probe(role)[:most] for role in ("forget", "retain", "real", "world")}
+        probed = {f"{role}_probe": records or None for role, records in measured.items()}
+        return made if most is None else made.replace(**probed)
 
     return Task(
         name=f"tofu-{split}-{authors or 'all'}-{forget_authors or 'all'}",
         question=f"Can the authors of TOFU {split} be erased from a language model that learned all?",
         source=f"TOFU {split}" + (f", {authors} retained authors" if authors else ""),
         start=lambda seed: embedded(),
-        roles=functools.cache(lambda seed: tofu(split, source, authors=authors, forget_authors=forget_authors)),
+        roles=data,
         learn=learn or Finetune(),
         probes=tuple(probes(battery, max_new_tokens=max_new_tokens)),
         max_new_tokens=max_new_tokens,
@@ -208,6 +216,8 @@ def command(words: list[str]) -> None:
         """only this many retained TOFU authors"""
         forget_authors: int | None = None
         """only this many forgotten TOFU authors"""
+        measured: int | None = None
+        """measure on at most this many records of each TOFU role"""
         max_new_tokens: int | None = None
         """longest generated answer, tokens"""
         default: str | None = None
@@ -224,7 +234,13 @@ def command(words: list[str]) -> None:
         task, table = people_task(battery=battery, **tokens), EMBEDDED
     elif options.task == "tofu":
         task = tofu_task(
-            options.split, options.source, options.authors, options.forget_authors, None, battery, **tokens
+            options.split,
+            options.source,
+            options.authors,
+            options.forget_authors,
+            options.measured,
+            battery=battery,
+            **tokens,
         )
         table = EMBEDDED
     else:
