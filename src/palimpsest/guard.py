@@ -24,7 +24,7 @@ def guarded_apply(apply: Apply) -> Apply:
 
     @functools.wraps(apply)
     def guarded(self: Any, model: Model, data: Roles, run: Run | None = None) -> Model:
-        run = run or Run()
+        run = (run or Run()).replace(notes={})
         check_inputs(self.facts, slug_of(self), model, data)
         before = model.digest()
         history = model.ledger
@@ -40,6 +40,7 @@ def guarded_apply(apply: Apply) -> Apply:
             weights_after=result.digest(),
             seconds=cost["seconds"],
             peak_bytes=cost["peak_bytes"],
+            notes=run.notes,
         )
         result.ledger = history.add(entry)
         result.network.eval()

@@ -25,7 +25,8 @@ class Run:
     `folder` holds checkpoints of long work; with `resume`, work that was killed goes on from its last one. `in_place`
     allows a method to change the model it was given, which saves a copy of the weights. `stop(step, model)` is asked
     after every training step, and ends the training where it says so. `cache` carries what several
-    probes share (token log-probabilities, generations) and lives as long as the run.
+    probes share (token log-probabilities, generations) and lives as long as the run. `notes` is what a method says
+    about its own work (see `note`).
     """
 
     seed: int = 0
@@ -38,6 +39,7 @@ class Run:
     checkpoint_seconds: float = 120.0
     stop: Callable[[int, Any], bool] | None = dataclasses.field(default=None, repr=False)
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.folder is not None:
@@ -48,6 +50,19 @@ class Run:
     def replace(self, **changes: Any) -> Run:
         """A copy with some fields changed, sharing the cache."""
         return dataclasses.replace(self, **changes)
+
+    def note(self, **values: Any) -> None:
+        """Keeps what a method found or did, for its ledger entry and the report.
+
+        A value is a number, a text, or an array of numbers of one or two dimensions: a curve or a heat map.
+        """
+        self.notes.update({name: _plain(value) for name, value in values.items()})
+
+    def warn(self, text: str) -> None:
+        """Says at once, and in the ledger entry, what a user should know before trusting the result."""
+        self.notes.setdefault("warnings", []).append(text)
+        if self.progress:
+            console().print(f"[yellow]{text}[/yellow]", highlight=False)
 
     def torch_device(self) -> torch.device:
         """The device that is meant: `auto` is the accelerator where there is one."""
@@ -115,6 +130,15 @@ class Run:
                 progress.update(task, advance=steps, note=note)
 
             yield advance
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: of tensors and arrays their numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
