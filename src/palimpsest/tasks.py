@@ -46,7 +46,17 @@ BASELINES = (
 
 HARNESS: Mapping[str, Mapping[str, Any]] = {
     "*": {"training.learning_rate": 3e-4, "training.epochs": 5, "training.micro_tokens": 4096},
+    "gradient-difference": {"training.learning_rate": 3e-3},
+    "po": {"training.learning_rate": 3e-3},
+    "idk-dpo": {"training.learning_rate": 3e-3},
+    "npo": {"training.learning_rate": 3e-3},
+    "simnpo": {"training.learning_rate": 3e-3},
+    "rmu": {"training.learning_rate": 1e-3},
+    "whp": {"training.learning_rate": 1e-3},
+    "retain-finetune": {"training.learning_rate": 3e-3},
+    "stranger": {"training.learning_rate": 3e-3},
 }
+"""Each learning rate is the best of 1e-4, 3e-4, 1e-3 and 3e-3 by `palimpsest.tuning`, on one validation seed."""
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "*": {
         "training.learning_rate": 5e-5,
