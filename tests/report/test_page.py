@@ -13,6 +13,7 @@ from report_example import BEFORE, full, model, small, with_seeds
 from palimpsest.report.differences import differences
 from palimpsest.report.evidence import Answer, Evidence
 from palimpsest.report.groups import compare
+from palimpsest.report.notes import told
 from palimpsest.report.page import render, write
 from palimpsest.report.plots import label_points, styles
 
@@ -53,12 +54,26 @@ def read(page):
 def test_the_page_has_its_sections_in_order_and_is_well_formed():
     page = render(full())
     reader = read(page)
-    order = ["verdict", "h-table", "h-plots", "h-answers", "h-weights", "h-cost", "h-caveats", "h-origin"]
+    order = ["verdict", "h-table", "h-plots", "h-answers", "h-weights", "h-told", "h-cost", "h-caveats", "h-origin"]
     assert [name for name in reader.ids if name in order] == order
     assert len(reader.ids) == len(set(reader.ids))
-    assert page.count('<svg class="plot"') == 8
-    assert page.count('role="img" aria-label=') >= 8
+    assert page.count('<svg class="plot"') == 10
+    assert page.count('role="img" aria-label=') >= 10
     assert "more</summary>" in page
+
+
+def test_what_a_method_noted_is_shown_as_words_curves_and_maps():
+    (one,) = told(compare(full()))
+    assert one.group.name == "npo"
+    assert one.warnings == ("the template answers were hardly learned",)
+    assert one.figures == (("share selected, attention", "0.012"), ("share selected, mlp", "0.034"))
+    assert [name for name, _ in one.drawings] == ["affinity", "probability"]
+    assert "the largest, 1, is in row 0, column 0" in one.drawings[0][1]
+    assert "forget: from 0.9 to 0.151; template: from 0.1 to 0.474" in one.drawings[1][1]
+
+
+def test_a_page_without_notes_has_no_section_for_them():
+    assert "h-told" not in render(small())
 
 
 def test_nothing_is_loaded_from_elsewhere():

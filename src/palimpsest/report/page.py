@@ -19,6 +19,7 @@ from palimpsest.report.differences import Marked, differences
 from palimpsest.report.evidence import Evidence, write_atomically
 from palimpsest.report.groups import Comparison, Group, compare
 from palimpsest.report.metrics import SECTIONS, p_value
+from palimpsest.report.notes import told
 from palimpsest.report.table import ARROWS, CLOSENESS, DIRECTIONS, build
 from palimpsest.report.verdict import verdict
 
@@ -81,6 +82,7 @@ def render(evidence: Evidence) -> str:
             shown=SHOWN,
             strips=strips(sides),
             largest=largest_change(sides),
+            told=told(sides),
             costs=[(group, group.cost()) for group in sides.all() if group.cost().seconds or group.cost().peak_bytes],
             longest=max((group.cost().seconds for group in sides.all()), default=0.0),
             caveats=caveats(evidence),

@@ -183,6 +183,42 @@ def heat_strip(group: Group, limit: float) -> str | None:
         return to_svg(figure, text, f"heat-{group.name}")
 
 
+def curves(series: Mapping[str, Sequence[float]], label: str) -> str:
+    """Numbers over the steps of a method, one line a name."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("step", label)
+        for number, (name, values) in enumerate(series.items()):
+            style = {"color": _METHODS[number % METHOD_COLOURS], "linestyle": DASHES[number % len(DASHES)]}
+            axes.plot(range(1, len(values) + 1), values, label=name, linewidth=2.0, **style)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
+        words = "; ".join(f"{name}: from {values[0]:.3g} to {values[-1]:.3g}" for name, values in series.items())
+        return to_svg(figure, f"{label} over steps. {words}.", f"curves-{label}")
+
+
+def heat_map(values: Sequence[Sequence[float]], label: str) -> str:
+    """A matrix as colours, rows downwards; full colour is its largest value, none is zero or below."""
+    matrix = np.array(values, dtype=float)
+    top = matrix.max()
+    shades = np.clip(matrix / top, 0, 1) if top > 0 else np.zeros_like(matrix)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, min(4.5, 0.8 + 0.2 * len(matrix))), layout="constrained")
+        axes = figure.add_subplot()
+        for row, column in np.ndindex(matrix.shape):
+            corner = (column + 0.04, row + 0.04)
+            shade = {"facecolor": _HEAT, "alpha": float(shades[row, column])}
+            axes.add_patch(matplotlib.patches.Rectangle(corner, 0.92, 0.92, linewidth=0, **shade))
+        axes.set(xlim=(0, matrix.shape[1]), ylim=(matrix.shape[0], 0))
+        for axis, count in ((axes.xaxis, matrix.shape[1]), (axes.yaxis, matrix.shape[0])):
+            shown = np.arange(0, count, max(1, math.ceil(count / 12)))
+            axis.set_ticks(shown + 0.5, [str(place) for place in shown])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        row, column = np.unravel_index(matrix.argmax(), matrix.shape)
+        text = f"{label}: the largest, {top:.3g}, is in row {row}, column {column}."
+        return to_svg(figure, text, f"map-{label}")
+
+
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], fontsize: float = 10) -> list[Any]:
     """The labels of the points, placed beside them so that none covers another or a point."""
     figure = axes.get_figure(root=True)
