@@ -6,12 +6,14 @@ or the rest begins to suffer, and shows answers before and after. What it chose,
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.rouge_recall import rouge_l
@@ -19,6 +21,7 @@ from palimpsest.data.encoding import Encoder
 from palimpsest.data.loading import FILE_TYPES, load_records
 from palimpsest.data.records import Record, Roles, by_subject
 from palimpsest.data.words import WORLD_FACTS
+from palimpsest.erase.npo import NPO
 from palimpsest.erase.undial import UNDIAL
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.generation import greedy_answers
@@ -60,6 +63,13 @@ NEUTRAL = (
 )
 """Questions that nobody asks to have forgotten; the model's own answers to them are what it should keep."""
 
+SHOWN = 8
+"""How many questions are asked before and after."""
+MEASURED = 16
+"""How many of the given kept records the floor is measured on."""
+PATIENCE = 3
+"""How many looks in a row the rest may be below the floor: it often dips and comes back."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
@@ -93,7 +103,7 @@ def forget(
     *,
     data: Sequence[Record] | None = None,
     retain: Sequence[Record] | None = None,
-    enough: float = 0.1,
+    enough: float = 0.09,
     floor: float = 0.95,
     seed: int = 0,
     progress: bool = True,
@@ -102,9 +112,9 @@ def forget(
     """The model after forgetting a question, a list of questions or records, a file of records, or a name.
 
     A name is looked up as a subject in `data` where that is given (one that is not there raises), else the model is
-    asked about it. It stops when the mean answer probability on the topic is at most `enough`, or when that on kept
-    questions falls below `floor` times what it was. `model.story` of the result says what was chosen, and has the
-    answers before and after.
+    asked about it. It stops when the mean answer probability on the topic is at most `enough` while that on kept
+    questions is at least `floor` times what it was; where that is not reached, the weights of the best look are kept.
+    `model.story` of the result says what was chosen, and has the answers before and after.
     """
     start = time.perf_counter()
     run = Run(seed=seed, progress=progress)
@@ -119,29 +129,30 @@ def forget(
         raise PalimpsestError(
             f"too few records to keep ({len(kept)}): at least one to learn and one to measure are needed."
         )
-    held_out, taught = kept[::4], [record for i, record in enumerate(kept) if i % 4]
-    questions = tuple(record.prompt for record in records if record.prompt)[:12]
-    before_answers = _asked(model, questions, run, 48)
+    recipe = _given(records) if retain is not None or data is not None else _asked_for(records)
+    measured, taught = recipe.split(kept)
+    questions = tuple(record.prompt for record in records if record.prompt)[:SHOWN]
+    before_answers = _asked(model, questions, run, 40)
     before = float(probabilities(model, records, run).mean())
     if before <= enough:
         raise PalimpsestError(
             f"the model gives the topic a mean answer probability of {before:.2f} already, not more than {enough:g}: "
             "there is nothing to forget."
         )
-    rest = float(probabilities(model, held_out, run).mean())
-    method = _Stopping(records, held_out, before, rest, enough, floor, run)
-    erased = method.apply(model, Roles(forget=records, retain=taught))
-    after = float(probabilities(erased, records, run).mean())
-    still = float(probabilities(erased, held_out, run).mean()) / rest
-    why += method.why
+    rest = float(probabilities(model, measured, run).mean())
+    watch = _Stopping(recipe, records, measured, before, rest, enough, floor, seed)
+    why.append(recipe.why)
+    erased = recipe.method.apply(model, Roles(forget=records, retain=taught), run.replace(stop=watch.look))
+    why += watch.why
+    after, still = watch.found
     erased.story = Story(
         questions=questions,
         before=tuple(before_answers),
-        after=tuple(_asked(erased, questions, run, 48)),
+        after=tuple(_asked(erased, questions, run, 40)),
         probability_before=before,
         probability_after=after,
         kept=still,
-        steps=method.steps,
+        steps=watch.kept_step,
         seconds=time.perf_counter() - start,
         why=(*why, f"Answer probability on the topic {before:.2f} -> {after:.2f}; {still:.0%} of the rest is kept."),
     )
@@ -150,60 +161,124 @@ def forget(
     return erased
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """How to erase: the method, how often to look, and how much of the kept records is held out from teaching."""
+
+    method: NPO | UNDIAL
+    why: str
+    every: int
+    hold_out: bool
+
+    @property
+    def most(self) -> int:
+        return self.method.training.max_steps or 0
+
+    def split(self, kept: list[Record]) -> tuple[list[Record], list[Record]]:
+        """What the floor is measured on, and what is taught."""
+        if self.hold_out:
+            return kept[::4], [record for i, record in enumerate(kept) if i % 4]
+        return kept[:: math.ceil(len(kept) / MEASURED)], kept
+
+
+def _given(records: list[Record]) -> _Recipe:
+    """Where there are records to keep: NPO with a strong hold on them."""
+    training = _training(records, 5, learning_rate=6e-5, steps=40)
+    return _Recipe(
+        method=NPO(retain="cross-entropy", retain_weight=3.0, training=training),
+        why="Method: NPO with a strong hold on the kept records. It fades out by itself as the topic goes.",
+        every=4,
+        hold_out=False,
+    )
+
+
+def _asked_for(records: list[Record]) -> _Recipe:
+    """Where the kept records are the model's own words: a method that cannot run away without better ones."""
+    training = _training(records, 10, learning_rate=5e-5, steps=60)
+    return _Recipe(
+        method=UNDIAL(focus="content", training=training),
+        why="Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its "
+        "answers stay fluent.",
+        every=2,
+        hold_out=True,
+    )
+
+
+def _training(records: list[Record], batch: int, learning_rate: float, steps: int) -> Training:
+    return Training(
+        learning_rate=learning_rate,
+        epochs=steps,
+        max_steps=steps,
+        batch_size=min(batch, len(records)),
+        warmup_epochs=0.0,
+        decay="constant",
+        weight_decay=0.0,
+    )
+
+
 class _Stopping:
-    """UNDIAL on the words that carry facts, stopped by two measurements."""
+    """Looks at topic and rest while a method trains, ends it, and leaves the model as at the best look."""
 
     def __init__(
         self,
+        recipe: _Recipe,
         records: list[Record],
-        held_out: list[Record],
+        measured: list[Record],
         before: float,
         rest: float,
         enough: float,
         floor: float,
-        run: Run,
+        seed: int,
     ) -> None:
-        self.records, self.held_out, self.run = records, held_out, run
+        self.recipe, self.records, self.measured = recipe, records, measured
         self.before, self.rest, self.enough, self.floor = before, rest, enough, floor
-        self.steps = 0
+        self.quiet = Run(seed=seed, progress=False)
         self.why: list[str] = []
-
-    def apply(self, model: Model, data: Roles) -> Model:
-        batch = min(10, len(self.records))
-        training = Training(
-            learning_rate=5e-5,
-            epochs=60,
-            max_steps=60,
-            batch_size=batch,
-            warmup_epochs=0.0,
-            decay="constant",
-            weight_decay=0.0,
-        )
-        self.why.append(
-            "Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its "
-            "answers stay fluent."
-        )
-        chosen = len(self.why)
-        erased = UNDIAL(focus="content", training=training).apply(model, data, self.run.replace(stop=self.look))
-        if len(self.why) == chosen:
-            self.why.append(f"Stopped after {self.steps} steps, the most it takes; the topic is not gone.")
-        return erased
+        self.low = 0
+        self.best: tuple[bool, float] | None = None
+        self.weights: dict[str, Tensor] = {}
+        self.kept_step = 0
+        self.found = (before, 1.0)
 
     def look(self, step: int, student: Model) -> bool:
-        self.steps = step
-        if step % 2:
+        """Whether to end after this step."""
+        last = step == self.recipe.most
+        if step % self.recipe.every and not last:
             return False
-        quiet = Run(seed=self.run.seed, progress=False)
-        topic = float(probabilities(student, self.records, quiet).mean())
-        rest = float(probabilities(student, self.held_out, quiet).mean()) / self.rest
+        topic, rest = self.measured_now(student)
         student.network.train()
-        if topic <= self.enough:
-            self.why.append(f"Stopped after {step} steps: the answer probability of the topic is down to {topic:.2f}.")
-            return True
-        if rest < self.floor:
-            self.why.append(f"Stopped after {step} steps: the rest had fallen to {rest:.0%} of what it was.")
-            return True
-        return False
+        holds = rest >= self.floor
+        self.low = 0 if holds else self.low + 1
+        done = holds and topic <= self.enough
+        end = done or last or self.low == PATIENCE
+        value = (holds, self._value(topic, rest))
+        if self.best is None or value >= self.best:
+            self.best, self.kept_step, self.found = value, step, (topic, rest)
+            self.weights = {} if end else {k: v.clone() for k, v in student.network.state_dict().items()}
+        elif end:
+            student.network.load_state_dict(self.weights)
+        if end:
+            self.why.append(self._reason(step, topic, rest, done))
+        return end
+
+    def measured_now(self, student: Model) -> tuple[float, float]:
+        """Mean answer probability on the topic, and that on the rest relative to before."""
+        topic = float(probabilities(student, self.records, self.quiet).mean())
+        return topic, float(probabilities(student, self.measured, self.quiet).mean()) / self.rest
+
+    def _value(self, topic: float, rest: float) -> float:
+        """Harmonic mean of how much of the way the topic has gone and how much of the floor the rest reaches."""
+        gone = min(1.0, max(0.0, (self.before - topic) / (self.before - self.enough)))
+        kept = min(1.0, rest / self.floor) if self.floor > 0 else 1.0
+        return 2 * gone * kept / (gone + kept) if gone + kept else 0.0
+
+    def _reason(self, step: int, topic: float, rest: float, done: bool) -> str:
+        if done:
+            return f"Stopped after {step} steps: the answer probability of the topic is down to {topic:.2f}."
+        back = "" if self.kept_step == step else f" The weights are those after step {self.kept_step}, the best."
+        if self.low == PATIENCE:
+            return f"Stopped after {step} steps: the rest had fallen to {rest:.0%} of what it was and stayed low.{back}"
+        return f"Stopped after {step} steps, the most it takes; the topic is not gone.{back}"
 
 
 def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
