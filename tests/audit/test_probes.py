@@ -31,7 +31,8 @@ WORLD = people()[4:6]
 def battery() -> list[Probe]:
     relearning = create("relearning", share=0.25, training=Training(learning_rate=3e-3, epochs=4, warmup_epochs=0.0))
     slow = ("relearning", "verbatim-memory", "knowledge-memory")
-    rest = probes([p for p in [x for x, f in catalogue().items() if f.verb == "audit"] if p not in slow], FAST)
+    suited = [x for x, facts in catalogue().items() if facts.verb == "audit" and facts.takes != "classifier"]
+    rest = probes([probe for probe in suited if probe not in slow], FAST)
     return [*rest, relearning, create("verbatim-memory", max_new_tokens=FAST), create("knowledge-memory", shots=0)]
 
 
@@ -330,6 +331,20 @@ def test_the_gradient_norm_is_the_mean_over_weight_tensors(llama):
     network(input_ids=torch.tensor([sequence.tokens]), labels=labels).loss.backward()
     expected = np.mean([float(weight.grad.norm()) for weight in network.parameters()])
     assert norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_norms_are_those_of_one_record_at_a_time(causal_lm):
+    from palimpsest.audit.membership import gradient_norms
+    from palimpsest.data.packing import pad
+
+    records, weights = [*data().forget, *roles().general], list(causal_lm.network.parameters())
+    expected = []
+    for sequence in Encoder.of(causal_lm).records(records):
+        packed = pad([sequence])
+        loss = torch.nn.functional.cross_entropy(packed.target_logits(causal_lm.network), packed.targets)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        expected.append(float(torch.stack([g.norm() for g in gradients if g is not None]).mean()))
+    np.testing.assert_allclose(gradient_norms(causal_lm, records, quiet()), expected, rtol=1e-5)
 
 
 def test_multiple_choice_answers_compete(llama):

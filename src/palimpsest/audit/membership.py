@@ -22,16 +22,14 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from palimpsest.audit.answers import Answer, answers
 from palimpsest.audit.reading import Reading, Value
-from palimpsest.data.encoding import Encoder
-from palimpsest.data.packing import packer
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
+from palimpsest.statistics import per_example as statistics
 from palimpsest.system import Probe, setting, system
 
 
@@ -73,16 +71,8 @@ def auc_value(name: str, members: np.ndarray, others: np.ndarray, seed: int) -> 
 
 
 def gradient_norms(model: Model, records: list[Record], run: Run) -> np.ndarray:
-    """Mean over weight tensors of the L2 norm of the gradient of A, one record at a time, in eval mode."""
-    network, arrange = model.network.eval(), packer(model.network)
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
-    norms = []
-    for sequence in run.track(Encoder.of(model).records(records), "gradient norms"):
-        packed = arrange([sequence]).to(model.device)
-        loss = torch.nn.functional.cross_entropy(packed.target_logits(network), packed.targets)
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).mean()))
-    return np.array(norms)
+    """Mean over weight tensors of the L2 norm of the gradient of A, in eval mode; weights A ignores do not count."""
+    return statistics.gradient_norms(model, records, run, reduction="mean").values.mean(1).numpy()
 
 
 @system(

@@ -41,6 +41,21 @@ class Encoded:
         """The scored tokens."""
         return self.tokens[self.start :]
 
+    @property
+    def size(self) -> int:
+        """Tokens that it adds to a batch."""
+        return len(self.tokens)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What makes two sequences the same to train on; quick to find."""
+        return (self.tokens, self.start)
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """The same as values that another process would find, too."""
+        return self.identity
+
 
 class Encoder:
     """Turns records into `Encoded` sequences with one tokenizer and a longest length in tokens."""

@@ -79,7 +79,8 @@ class Roles(Mapping[str, list[Record]]):
 
     Roles that systems and audits know: `train` (all that is to be learned), `forget`, `retain`, `holdout` (like the
     forget records, never trained on), `world` and `real` (facts that no method ever sees), `general` (neutral text),
-    `validation`. Where `<role>_probe` exists, audits measure on it instead of on `<role>`. Other names are allowed.
+    `validation`, `test` (like the retain records, never trained on). Where `<role>_probe` exists, audits measure on it
+    instead of on `<role>`. Other names are allowed.
     """
 
     def __init__(self, **roles: Iterable[RecordLike] | None) -> None:
@@ -139,6 +140,8 @@ def _canonical(value: Any) -> str:
 
 
 def _image_digest(image: Any) -> str:
+    if not hasattr(image, "tobytes"):  # a tensor
+        image = image.detach().cpu().numpy()
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 

@@ -1,17 +1,22 @@
-"""Looking into a network: its modules under their own names, and their outputs while it runs.
+"""Looking into a network: its modules under their own names, and what goes in, out and back while it runs.
 
 Forward hooks are sure to be removed; the wrappers of peft do not show in the names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
+
+from palimpsest.errors import PalimpsestError
 
 # transformers 5 leaves its own recording hooks on the modules for good once hidden states were asked for.
 _NOT_OURS = ("transformers.", "accelerate.", "peft.", "torch.")
@@ -45,6 +50,111 @@ def capture(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         for key, module in modules.items():
             stack.enter_context(module.register_forward_hook(recorder(key)))
         yield outputs
+
+
+@dataclass(eq=False)
+class Call:
+    """One run of a watched module: what it was given and, once they are known, the gradients of its outputs.
+
+    `gradients` follow the order of the floating-point tensors in the output; None where one was not used.
+    """
+
+    key: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gradients: tuple[Tensor | None, ...] = ()
+    versions: tuple[tuple[Tensor, int], ...] = field(default=(), repr=False)
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor that the module was given."""
+        return next(x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the first output that was used."""
+        return next(gradient for gradient in self.gradients if gradient is not None)
+
+
+Forward = Callable[[Call, Any], Any]
+Backward = Callable[[Call], None]
+
+
+@contextmanager
+def watch(
+    modules: Mapping[str, nn.Module], *, forward: Forward | None = None, backward: Backward | None = None
+) -> Iterator[None]:
+    """Hands every run of the modules to `forward(call, output)` as it ends, and to `backward(call)` on the way back.
+
+    What `forward` returns, unless None, takes the output's place. `backward` comes as soon as the gradients of the
+    outputs are known, and the call is emptied after it: nothing is held longer than the backward pass needs it. Where
+    no gradient would reach a module, the graph begins at its outputs, so frozen networks can be watched, and nothing is
+    computed below the lowest watched module. Modules that a callback runs are not handed on. The hooks are removed at
+    the end of the block, also after an error.
+    """
+    busy = False
+
+    def alone(act: Callable[..., Any], *given: Any) -> Any:
+        nonlocal busy
+        busy = True
+        try:
+            return act(*given)
+        finally:
+            busy = False
+
+    def recorder(key: str) -> Any:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if busy:
+                return None
+            call = Call(key, module, args, kwargs)
+            changed = alone(forward, call, output) if forward is not None else None
+            output = output if changed is None else changed
+            if backward is not None and torch.is_grad_enabled():
+                return _follow(call, output, lambda call: alone(backward, call))
+            return changed
+
+        return record
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(module.register_forward_hook(recorder(key), with_kwargs=True))
+        yield
+
+
+def _follow(call: Call, output: Any, receive: Backward) -> Any:
+    """The output, whose gradients will have the call handed on."""
+    leaves, form = pytree.tree_flatten(output)
+    several = sum(map(_floating, leaves)) > 1
+    # one output of a module may be made from another: what comes back at a view is from outside the module alone
+    leaves = [x.view_as(x) if several and _floating(x) else x for x in leaves]
+    results = [x for x in leaves if _floating(x)]
+    for result in results:
+        if not result.requires_grad:
+            result.requires_grad_()
+    given = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+    call.versions = tuple((x, x._version) for x in given if not x.is_inference())
+
+    def arrived(gradients: Any) -> None:
+        if any(x._version != version for x, version in call.versions):
+            raise PalimpsestError(
+                f"{call.key}: the network overwrites what it gave to this module, so its gradient cannot be formed."
+            )
+        call.gradients = tuple(gradients)
+        try:
+            receive(call)
+        finally:
+            call.args, call.kwargs, call.gradients, call.versions = (), {}, (), ()
+
+    if len(results) == 1:  # lighter than the hook for several, and without its reference cycle
+        results[0].register_hook(lambda gradient: arrived((gradient,)))
+    elif results:
+        register_multi_grad_hook(results, arrived)
+    return pytree.tree_unflatten(leaves, form) if several else output
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def no_hooks_left(network: nn.Module) -> bool:

@@ -1,0 +1,100 @@
+"""Which experts of a mixture some records use, in one streamed forward pass.
+
+    s_t       softmax of the router's logits   [experts]  of a token t
+    g_t       the weights of the chosen experts, 0 elsewhere, as the model itself scales them
+    affinity  mean over records of the mean over a record's tokens of g_t
+    share     the same of s_t
+    chosen    how often each expert was among the chosen, over all tokens
+
+Padding does not count. Source of the affinity: Zhuang et al. 2025 (arXiv 2411.18797), section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import anatomy
+from palimpsest.models.hooks import Call, watch
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.statistics.examples import Examples, evaluating
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertUsage:
+    """How much each expert of each layer is used; rows are the routers in `routers`, in order."""
+
+    routers: tuple[str, ...]
+    affinity: Float[Tensor, "layers experts"]
+    share: Float[Tensor, "layers experts"]
+    chosen: Int[Tensor, "layers experts"]
+    tokens: int
+    top_k: int
+
+    def ranked(self) -> list[tuple[str, int]]:
+        """All (router, expert) pairs, the highest affinity first."""
+        order = self.affinity.flatten().argsort(descending=True, stable=True).tolist()
+        experts = self.affinity.shape[1]
+        return [(self.routers[place // experts], place % experts) for place in order]
+
+
+@torch.no_grad()
+def expert_usage(
+    model: Model, records: Sequence[Any], run: Run, *, batch_size: int = 32, max_length: int | None = None
+) -> ExpertUsage:
+    """How much the records use each expert; a model without routed experts raises."""
+    routers = {part.name: part.module for part in anatomy(model.network).find("router")}
+    if not routers:
+        raise PalimpsestError(f"{type(model.network).__name__} has no routed experts: no router was found in it.")
+    examples = Examples(model, records, max_length, warn=run.warn)
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    tokens = top_k = 0
+
+    def receive(call: Call, output: Any) -> None:
+        nonlocal top_k
+        masked, probability, used = routing(call.key, output)
+        top_k = int(used.sum(-1).max())
+        assert batch.real is not None
+        weight = (batch.real / (batch.lengths[:, None] * len(examples))).flatten()  # type: ignore[index]
+        count = used[batch.real.flatten()].sum(0)
+        new = weight @ masked, weight @ probability, count
+        old = sums.get(call.key)
+        sums[call.key] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+
+    with evaluating(model.network), watch(routers, forward=receive):
+        for group in run.track(examples.groups(batch_size), "experts"):
+            batch = examples.batch(group)
+            batch.visit(model.network)
+            tokens += int(batch.lengths.sum()) if batch.lengths is not None else 0
+    affinity, share, chosen = (torch.stack([sums[name][i] for name in routers]) for i in range(3))
+    return ExpertUsage(tuple(routers), affinity, share, chosen, tokens, top_k)
+
+
+def routing(
+    name: str, output: Any
+) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens experts"], Int[Tensor, "tokens experts"]]:
+    """The weights of the chosen experts, the router's probabilities and who was chosen, from a router's output.
+
+    Routers of transformers 5 give (logits, weights of the chosen, places of the chosen).
+    """
+    if not isinstance(output, tuple) or len(output) != 3 or output[2].is_floating_point():
+        raise PalimpsestError(f"{name} gives something else than logits, weights and places of the chosen experts.")
+    logits, weights, places = output
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    places = places.reshape(len(logits), -1)
+    weights = weights.reshape(len(logits), -1).float()
+    if weights.shape != places.shape:
+        raise PalimpsestError(f"{name} gives {weights.shape[1]} weights a token for {places.shape[1]} chosen experts.")
+    total = logits.sum(-1)
+    known = bool((logits >= 0).all() and ((total - 1).abs() < 1e-3).all())  # some give probabilities by that name
+    probability = logits if known else logits.softmax(-1)
+    masked = torch.zeros_like(probability).scatter(1, places, weights)
+    used = torch.zeros_like(probability, dtype=torch.long).scatter(1, places, 1)
+    return masked, probability, used
