@@ -175,6 +175,9 @@ def settings(cls: T) -> T:
     own = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):  # a tuple that came back from JSON
+                object.__setattr__(self, field.name, tuple(value))
         check_settings(self)
         if own is not None:
             own(self)
@@ -204,13 +207,23 @@ def system(slug: str, **facts: Any) -> Callable[[T], T]:
     return register
 
 
-def configuration(slug: str, *, title: str, paper: str = "", preset: Mapping[str, Any]) -> Callable[[T], T]:
+def configuration(
+    slug: str,
+    *,
+    title: str,
+    paper: str = "",
+    preset: Mapping[str, Any],
+    deviations: tuple[str, ...] | None = None,
+) -> Callable[[T], T]:
     """Names a setting of switches of the system below it: same code, its own slug, `preset` fields fixed."""
 
     def register(cls: T) -> T:
         own = cls.__dict__.get("configurations", {})
         base: Facts = cls.facts  # type: ignore[attr-defined]
-        named = dataclasses.replace(base, slug=slug, title=title, paper=paper or base.paper, preset=dict(preset))
+        differs = base.deviations if deviations is None else deviations
+        named = dataclasses.replace(
+            base, slug=slug, title=title, paper=paper or base.paper, preset=dict(preset), deviations=differs
+        )
         setattr(cls, "configurations", {**own, slug: named})  # noqa: B010
         return cls
 
@@ -337,5 +350,11 @@ def slug_of(instance: Any) -> str:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """The settings as plain JSON values, nested dataclasses as nested dictionaries."""
-    return dataclasses.asdict(settings)
+    """The settings as plain JSON values: nested dataclasses as dictionaries, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(settings))

@@ -9,6 +9,7 @@ from palimpsest.erase.gradient_ascent import GradientAscent, everywhere, kl_dive
 from palimpsest.errors import PalimpsestError
 from palimpsest.system import create
 from palimpsest.train import Training, schedule, train
+from pictured import accuracy, pictures, recognising
 
 SHORT = Training(learning_rate=1e-3, epochs=10, warmup_epochs=0.0)
 
@@ -87,8 +88,35 @@ def test_an_empty_retain_set_is_refused_even_where_it_is_optional(llama):
         GradientAscent().apply(llama, data().replace(retain=[]), quiet())
 
 
-def test_a_classifier_is_refused_with_what_fits(classifier):
-    with pytest.raises(
-        PalimpsestError, match=r"gradient-ascent takes a causal-lm, but \w+ is a classifier\. Systems of this verb for"
-    ):
-        GradientAscent().apply(classifier, data(), quiet())
+@pytest.mark.parametrize("kind", ["convnet", "vit"])
+@pytest.mark.parametrize("slug", ["gradient-ascent", "gradient-difference", "kl-minimisation"])
+def test_a_classifier_forgets_labels(slug, kind):
+    before, roles = recognising(kind), pictures()
+    after = create(slug, training=Training(learning_rate=3e-3, epochs=20, warmup_epochs=0.0)).apply(
+        before, roles, quiet()
+    )
+    assert accuracy(before, roles.forget) == 1
+    assert accuracy(after, roles.forget) <= 0.5
+
+
+def test_the_divergence_of_a_classifier_from_itself_is_zero_and_grows(vit):
+    training = Training(learning_rate=1e-3, epochs=3, batch_size=16, micro_tokens=5, warmup_epochs=0.0)
+    plan = schedule(vit, training, quiet(), retain=pictures().retain)
+    hold, seen = retain_loss("kl", vit, plan, quiet()), []
+
+    def objective(batch):
+        seen.append(float(hold(batch).detach()))
+        return batch.retain.cross_entropy
+
+    train(vit, plan, objective, training, quiet())
+    assert seen[0] == pytest.approx(0, abs=1e-6)
+    assert seen[-1] > 1e-3
+
+
+def test_a_label_is_the_only_position_of_a_classifier():
+    model, roles = recognising("vit"), pictures()
+    made = [
+        create("kl-minimisation", training=Training(epochs=1, learning_rate=1e-3), positions=positions)
+        for positions in ("labels", "all")
+    ]
+    assert len({method.apply(model, roles, quiet()).digest() for method in made}) == 1

@@ -8,6 +8,7 @@ from palimpsest.data.records import Roles
 from palimpsest.erase.npo import NPO, npo_loss
 from palimpsest.errors import PalimpsestError
 from palimpsest.train import Training
+from pictured import accuracy, pictures, recognising
 
 # answer token probabilities (.5, .25) against (.8, .5) under the reference
 S, S_REF = torch.tensor([2.0794415416798357], dtype=torch.float64), torch.tensor([0.916290731874155]).double()
@@ -66,3 +67,12 @@ def test_npo_needs_a_positive_beta():
     for beta in (0, -0.1):
         with pytest.raises(PalimpsestError, match="expected above 0"):
             NPO(beta=beta)
+
+
+@pytest.mark.parametrize("kind", ["convnet", "vit"])
+def test_a_classifier_forgets_labels_and_keeps_the_others(kind):
+    before, roles = recognising(kind), pictures()
+    training = Training(learning_rate=3e-3, epochs=15, batch_size=8, warmup_epochs=0.0)
+    after = NPO(training=training).apply(before, roles, quiet())
+    assert accuracy(after, roles.forget) <= 0.25
+    assert accuracy(after, roles.retain) >= 0.8

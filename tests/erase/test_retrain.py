@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from memorised import data, probability, quiet
@@ -10,6 +12,7 @@ from palimpsest.models.loading import load
 from palimpsest.system import create
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
+from pictured import accuracy, pictures
 
 LEARNING = Training(learning_rate=1e-2, epochs=10)
 
@@ -48,3 +51,14 @@ def test_a_longer_history_needs_a_named_base(learned):
     later = create("gradient-ascent", **{"training.epochs": 1}).apply(learned, data(), quiet())
     with pytest.raises(PalimpsestError, match=r"more than one thing was done to this model \(finetune, gradient-asc"):
         Retrain().apply(later, data(), quiet())
+
+
+def test_a_classifier_is_retrained_without_the_forgotten_label(convnet, tmp_path):
+    base = load(convnet.save_pretrained(tmp_path / "base"))
+    base.ledger = dataclasses.replace(base.ledger, source=str(tmp_path / "base"))
+    recipe = Training(learning_rate=3e-3, epochs=5, batch_size=16, warmup_epochs=0.0)
+    learned = Finetune(training=recipe).apply(base, Roles(train=pictures().train), quiet())
+    after = Retrain().apply(learned, pictures(), quiet())
+    expected = Finetune(training=recipe).apply(load(tmp_path / "base"), Roles(train=pictures().retain), quiet())
+    assert after.digest() == expected.digest()
+    assert accuracy(after, pictures().forget) < accuracy(learned, pictures().forget)

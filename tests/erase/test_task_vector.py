@@ -7,6 +7,7 @@ from memorised import data, probability, quiet, reciting
 from palimpsest.erase.task_vector import TaskVector, negate
 from palimpsest.errors import PalimpsestError
 from palimpsest.train import Training
+from pictured import accuracy, pictures, recognising
 
 FURTHER = Training(learning_rate=1e-3, epochs=10, warmup_epochs=0.0, weight_decay=0.0)
 
@@ -45,3 +46,13 @@ def test_a_small_step_is_proportional_to_alpha():
 def test_alpha_is_above_zero():
     with pytest.raises(PalimpsestError, match="alpha is 0, expected above 0"):
         TaskVector(alpha=0)
+
+
+def test_a_classifier_forgets_labels_and_keeps_its_running_averages():
+    before, roles = recognising(), pictures()
+    further = Training(learning_rate=3e-3, epochs=10, warmup_epochs=0.0, weight_decay=0.0)
+    after = TaskVector(alpha=3.0, training=further).apply(before, roles, quiet())
+    assert accuracy(after, roles.forget) <= 0.5
+    for (name, one), (_, two) in zip(before.network.named_buffers(), after.network.named_buffers(), strict=True):
+        assert torch.equal(one, two), name
+    assert all((value > 0).all() for name, value in after.network.named_buffers() if name.endswith("running_var"))

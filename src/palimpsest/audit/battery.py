@@ -12,6 +12,7 @@ from palimpsest.audit.answers import prepare
 from palimpsest.audit.reading import Reading
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
+from palimpsest.guard import check_kind, kind_of
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.system import Probe, catalogue, create
@@ -31,7 +32,10 @@ STANDARD_BATTERY = (
     "relearning",
     "text-health",
 )
-"""Every probe of an erasure."""
+"""Every probe of an erasure from a language model."""
+
+CLASSIFIER_BATTERY = ("classification",)
+"""Every probe of an erasure from a classifier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +58,18 @@ class Audit:
         return {"readings": [reading.to_dict() for reading in self.readings], "failures": list(self.failures)}
 
 
-def probes(chosen: Iterable[str | Probe] | None = None, max_new_tokens: int | None = None) -> list[Probe]:
-    """The probes meant by names or instances; all of the standard battery where none is named.
+def probes(
+    chosen: Iterable[str | Probe] | None = None, max_new_tokens: int | None = None, model: Model | None = None
+) -> list[Probe]:
+    """The probes meant by names or instances; the whole battery for this kind of model where none is named.
 
     `max_new_tokens` shortens the answers of probes that generate as TOFU does, and makes them share the generations.
     """
+    if chosen is None:
+        classifies = model is not None and kind_of(model) == "classifier"
+        chosen = CLASSIFIER_BATTERY if classifies else STANDARD_BATTERY
     made = []
-    for item in STANDARD_BATTERY if chosen is None else chosen:
+    for item in chosen:
         probe = create(item) if isinstance(item, str) else item
         if not isinstance(probe, Probe):
             raise PalimpsestError(f"{item} is not a probe. Probes: {', '.join(_probe_slugs())}.")
@@ -81,15 +90,20 @@ def audit(
     run: Run | None = None,
     gold: Model | None = None,
 ) -> Audit:
-    """The readings of all probes on one model, with gold as the reference of those that compare."""
+    """The readings of all probes on one model, with gold as the reference of those that compare.
+
+    Where no probes are given they are those of the whole battery for this kind of model.
+    """
     run = run or Run()
-    chosen = probes() if probes_ is None else probes_
+    chosen = probes(model=model) if probes_ is None else probes_
     readings, failures = [], []
-    with contextlib.suppress(PalimpsestError):  # a probe that needs what cannot be scored says so itself
-        prepare(model, data, run)
+    if kind_of(model) != "classifier":
+        with contextlib.suppress(PalimpsestError):  # a probe that needs what cannot be scored says so itself
+            prepare(model, data, run)
     for probe in chosen:
         start = time.perf_counter()
         try:
+            check_kind(probe.facts, probe.facts.slug, model)
             reading = probe.measure(model, data, run, gold=gold)
         except Exception as error:
             told = f"{error}" if isinstance(error, PalimpsestError) else f"{type(error).__name__}: {error}"

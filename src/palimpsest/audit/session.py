@@ -16,6 +16,7 @@ from palimpsest.audit.answers import asked, generated
 from palimpsest.audit.battery import audit, probes
 from palimpsest.data.records import Record, Roles, digest
 from palimpsest.errors import PalimpsestError
+from palimpsest.guard import kind_of
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import (
     Answer,
@@ -75,7 +76,9 @@ def measure(
 
 
 def answers_shown(model: Model, data: Roles, run: Run, max_new_tokens: int) -> tuple[Answer, ...]:
-    """The model's answers to the first prompts of the forget and retain sets."""
+    """The model's answers to the first prompts of the forget and retain sets; a classifier answers nothing."""
+    if kind_of(model) == "classifier":
+        return ()
     shown = []
     for role, most in SHOWN.items():
         records = asked(data.probe(role))[:most]
@@ -157,7 +160,7 @@ def audit_saved(
         raise PalimpsestError(f"{out} already holds evidence. Choose another folder, or pass --overwrite.")
     if not any(data.probe(role) for role in ("forget", "retain")):
         raise PalimpsestError("an audit needs the role forget or retain. Pass --data with --forget-subject, or --role.")
-    chosen = probes(battery, max_new_tokens=max_new_tokens)
+    probes(battery)  # a wrong name shows before anything is loaded
     reference = load(gold, run=run) if gold is not None else None
     original = load(before, run=run) if before is not None else None
     measured: list[ModelEvidence] = []
@@ -169,6 +172,7 @@ def audit_saved(
         label = part if part != "erased" else _label(model, name, [m.name for m in measured])
         if run.progress:
             console().print(f"measuring {label}")
+        chosen = probes(battery, max_new_tokens=max_new_tokens, model=model)
         measured.append(
             measure(
                 label, part, model, data, run, chosen, gold=reference, before=original, max_new_tokens=max_new_tokens

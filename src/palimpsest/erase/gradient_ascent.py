@@ -4,6 +4,9 @@ The oldest baseline. Alone it has no floor: it goes on after the answers are gon
 eraser should beat it. With a retain loss it is gradient difference (GD), with a divergence from the model as given it
 is KL minimisation (KL). Use them to place a new method, not to serve a deletion request.
 
+On a classifier the answer is the label, and the one position is the example. Batch normalisation is in training mode,
+so its running averages move towards the forget set; in a network that has it, that is part of the damage.
+
 Source: TOFU (Maini et al. 2024, arXiv 2401.06121), section 3.2; OpenUnlearning. Differs: KL averages over the scored
 tokens by default; TOFU's code averages over every position (`positions="all"`).
 
@@ -26,9 +29,11 @@ from torch import Tensor
 
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.records import Record, Roles
+from palimpsest.guard import kind_of
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.statistics.likelihood import ReferencePredictions
+from palimpsest.statistics.predictions import classify
 from palimpsest.system import Method, configuration, setting, system
 from palimpsest.train import Batch, Schedule, Training, schedule, train
 
@@ -50,11 +55,16 @@ def retain_loss(
     if leash == "cross-entropy":
         return lambda batch: getattr(batch, role).cross_entropy
     used = {place for step in plan.steps for micro in step for place in micro.rows[role]}
-    reference = ReferencePredictions(model, plan.sequences[role], run, sorted(used))
+    reference: Callable[[Tensor], Tensor]
+    if plan.classifies:
+        predicted = classify(model, plan.sequences[role], run, "reference").logits.to(model.device)
+        reference = predicted.__getitem__
+    else:
+        reference = ReferencePredictions(model, plan.sequences[role], run, sorted(used)).logits
 
     def divergence(batch: Batch) -> Float[Tensor, ""]:
         view = getattr(batch, role)
-        return view.mean_tokens(kl_divergence(reference.logits(view.index), view.logits))
+        return view.mean_tokens(kl_divergence(reference(view.index), view.logits))
 
     return divergence
 
@@ -81,7 +91,7 @@ def everywhere(model: Model, records: list[Record], training: Training) -> list[
     verb="erase",
     title="Gradient ascent",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"forget"},
     uses={"retain"},
     fidelity="matches the official code",
@@ -106,7 +116,7 @@ class GradientAscent(Method):
                 model, plan, lambda batch: -self.forget_weight * batch.forget.cross_entropy, self.training, run
             )
         kept = data.require("retain", by=f"{self.facts.slug} with retain={self.retain}")
-        whole = self.retain == "kl" and self.positions == "all"
+        whole = self.retain == "kl" and self.positions == "all" and kind_of(model) != "classifier"
         retained = everywhere(model, kept, self.training) if whole else kept
         plan = schedule(model, self.training, run, forget=data.forget, retain=retained)
         hold = retain_loss(self.retain, model, plan, run)

@@ -12,6 +12,8 @@ computed once before training instead of by a second model at every step; the nu
     beta                            how fast the push fades; beta -> 0 is gradient ascent
 
     L = (2 / beta) mean softplus(-beta (S - S_ref))  +  retain_weight R(retain)
+
+On a classifier the answer is the label and S its cross-entropy.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def npo_loss(nll: Float[Tensor, " batch"], reference_nll: Float[Tensor, " batch"
     verb="erase",
     title="Negative preference optimisation",
     paper="Zhang et al. 2024 (arXiv 2404.05868)",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"forget"},
     uses={"retain"},
     fidelity="matches the official code",

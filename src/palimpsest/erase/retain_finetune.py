@@ -3,7 +3,7 @@
 The forget set is not used at all; what fades, fades by catastrophic forgetting. A method that does not beat it has
 shown nothing.
 
-    L = CE(retain), token-weighted over the answers
+    L = CE(retain), token-weighted over the answers; of a classifier, mean over the labels
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from palimpsest.train import Training, schedule, train
     verb="erase",
     title="Fine-tuning on the retain set",
     paper="Maini et al. 2024 (arXiv 2401.06121)",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"retain"},
     fidelity="standard practice",
 )

@@ -22,7 +22,7 @@ from palimpsest.write.finetune import Finetune
     verb="erase",
     title="Retraining without the forget set (gold)",
     paper="",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"retain"},
     uses={"forget"},
     fidelity="exact",

@@ -11,6 +11,9 @@ Source: Ilharco et al. 2023 (arXiv 2212.04089), section 3; defaults of MUSE (Shi
     alpha        scale
 
     theta_un = theta - alpha (theta* - theta)      floating-point weights, in float32, tied weights once
+
+Buffers, the running averages of batch normalisation among them, stay those of the model as given: stepped back, a
+variance could become negative.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def negate(network: torch.nn.Module, further: torch.nn.Module, alpha: float) -> 
     verb="erase",
     title="Task-vector negation",
     paper="Ilharco et al. 2023 (arXiv 2212.04089)",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"forget"},
     fidelity="matches the official code",
 )

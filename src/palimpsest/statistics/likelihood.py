@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from palimpsest.data.encoding import Encoded
+from palimpsest.data.labelled import Labelled
 from palimpsest.data.packing import Packed, packer, rows
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
+from palimpsest.statistics.predictions import classify
 
 ROW_TOKENS = 512
 """Distinct tokens a packed row: long enough for full speed, short enough that attention within it stays cheap."""
@@ -90,8 +92,13 @@ def score(model: Model, sequences: Sequence[Encoded], run: Run, label: str = "sc
 
 
 @torch.no_grad()
-def sequence_nll(model: Model, sequences: Sequence[Encoded], run: Run) -> Float[Tensor, " sequences"]:
-    """S: summed negative log-likelihood of each sequence under the model as it is now, nats."""
+def sequence_nll(model: Model, sequences: Sequence[Any], run: Run) -> Float[Tensor, " sequences"]:
+    """S: summed negative log-likelihood of each `Encoded` sequence under the model as it is now, nats.
+
+    Of a `Labelled` example it is that of its label.
+    """
+    if sequences and isinstance(sequences[0], Labelled):
+        return classify(model, sequences, run, "reference").nll.to(model.device)
     network = model.network.eval()
     arrange = packer(network)
     result = torch.empty(len(sequences))
@@ -105,14 +112,16 @@ def sequence_nll(model: Model, sequences: Sequence[Encoded], run: Run) -> Float[
 class ReferencePredictions:
     """What a model predicts at the targets of some sequences, without keeping the model.
 
-    Kept are the inputs of its output layer (width numbers a target instead of vocabulary) and a copy of that layer.
+    Kept are the inputs of its output layer (width numbers a target instead of vocabulary) and a copy of that layer; of
+    a network without one (a mixture), the logits themselves.
     """
 
     def __init__(
         self, model: Model, sequences: Sequence[Encoded], run: Run, chosen: Sequence[int] | None = None
     ) -> None:
         network = model.network.eval()
-        self._head = copy.deepcopy(network.get_output_embeddings()).requires_grad_(False)
+        head = network.get_output_embeddings()
+        self._head = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self._config = network.config.get_text_config()
         self._states: dict[int, Tensor] = {}
         wanted = sorted(set(range(len(sequences)) if chosen is None else chosen))
@@ -121,9 +130,12 @@ class ReferencePredictions:
         with torch.no_grad():
             for group in run.track(list(rows(members, ROW_TOKENS)), "reference"):
                 packed = arrange([members[i] for i in group]).to(model.device)
-                states = network.base_model(**packed.inputs()).last_hidden_state[packed.row, packed.at]
-                if not self._states:
-                    self._check(states, packed, network)
+                if head is None:
+                    states = packed.target_logits(network)
+                else:
+                    states = network.base_model(**packed.inputs()).last_hidden_state[packed.row, packed.at]
+                    if not self._states:
+                        self._check(states, packed, network)
                 for place, i in enumerate(group):
                     self._states[wanted[i]] = states[packed.owner == place].clone()
 
@@ -133,6 +145,8 @@ class ReferencePredictions:
             return self._finish(torch.cat([self._states[int(i)] for i in index]))
 
     def _finish(self, states: Float[Tensor, "targets width"]) -> Float[Tensor, "targets vocabulary"]:
+        if self._head is None:
+            return states
         logits = self._head(states).float()
         if scale := getattr(self._config, "logits_scaling", None):
             logits = logits / scale

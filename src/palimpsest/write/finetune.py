@@ -3,7 +3,7 @@
 The plain way to put knowledge into a model, and the state that every eraser starts from. Use it to implant facts, and
 for the gold model of an audit: the same fine-tuning without the records that are to be forgotten.
 
-    L = CE(train), token-weighted over the answers
+    L = CE(train), token-weighted over the answers; of a classifier, mean over the labels
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from palimpsest.train import Training, schedule, train
     verb="write",
     title="Fine-tuning",
     paper="",
-    takes="causal-lm",
+    takes="causal-lm or classifier",
     needs={"train"},
     fidelity="standard practice",
 )

@@ -1,0 +1,33 @@
+"""Where a training keeps its checkpoints, and which of them a killed run goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.training.schedule import Schedule
+from palimpsest.training.settings import Training
+
+COMPLETE = "complete"
+"""The file that marks a checkpoint as written to its end."""
+
+
+def job_folder(folder: Path, model: Model, plan: Schedule, training: Training, run: Run) -> Path:
+    """A folder of its own for exactly this job: no checkpoint of another is taken up, an old one only to resume."""
+    settings = json.dumps([dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
+    job = Path(folder) / "checkpoints" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not run.resume:
+        shutil.rmtree(job, ignore_errors=True)
+    job.mkdir(parents=True, exist_ok=True)
+    return job
+
+
+def last_good(job: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [path.parent for path in job.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
