@@ -1,0 +1,117 @@
+"""Statistics passes against one plain forward-backward over the same examples, and against one example at a time.
+
+All run in turn in one process, on the same model and batches; the ratios are what counts. `one by one` is the loop that
+everybody writes: a backward pass an example, squares added up.
+
+    python benchmarks/passes.py vit convnet lm
+"""
+
+import argparse
+import time
+
+import torch
+
+import palimpsest as pal
+from palimpsest.data.digits import digits
+from palimpsest.data.fictitious import people
+from palimpsest.data.records import Record
+from palimpsest.models.model import Model
+from palimpsest.reproduce.classifier import new_classifier
+from palimpsest.run import Run
+from palimpsest.statistics.curvature import input_grams, kfac_factors
+from palimpsest.statistics.examples import Examples
+from palimpsest.statistics.fisher import diagonal_fisher
+from palimpsest.statistics.per_example import gradient_norms
+from palimpsest.statistics.projection import KroneckerProjection, projected_gradients
+
+RUN = Run(progress=False)
+
+
+def vit():
+    """A ViT of width 192 and 6 layers on 32 x 32 images in patches of 4: 2.7 M weights, 65 positions."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    torch.manual_seed(0)
+    network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10))
+    records = [Record(image=torch.randn(3, 32, 32), label=i % 10) for i in range(64)]
+    return Model(network.eval()), records, {"layers": [0, 5], "wanted": ["mlp_up", "mlp_down"], "positions": "first"}
+
+
+def convnet():
+    """The convnet of the reproductions on 8 x 8 digits: 35,000 weights, up to 64 positions."""
+    return new_classifier(0), digits(0)["train"][:512], None
+
+
+def lm():
+    """The embedded language model on facts about people; K-FAC at three layers of thirty, as in its paper."""
+    records = people(8, seed=0, facts_per_person=4)[:32]
+    return pal.load(), records, {"layers": [21, 22, 23], "wanted": ["mlp_gate", "mlp_up"]}
+
+
+def plain(model, examples, size):
+    for group in examples.groups(size):
+        examples.batch(group).losses(model.network).sum().backward()
+        model.network.zero_grad(set_to_none=True)
+
+
+def one_by_one(model, examples):
+    squares = {name: torch.zeros_like(weight) for name, weight in model.network.named_parameters()}
+    for place in range(len(examples)):
+        examples.batch([place]).losses(model.network).sum().backward()
+        for name, weight in model.network.named_parameters():
+            squares[name].addcmul_(weight.grad, weight.grad)
+            weight.grad = None
+
+
+def compare(name, make, size, rounds, most):
+    model, records, kfac = make()
+    records = records[:most]
+    examples = Examples(model, records)
+    projection = KroneckerProjection(32, 32)
+    runs = {
+        "forward-backward": lambda: plain(model, examples, size),
+        "Fisher per example": lambda: diagonal_fisher(model, records, RUN, batch_size=size),
+        "Fisher by batch": lambda: diagonal_fisher(model, records, RUN, "batch", batch_size=size),
+        "gradient norms": lambda: gradient_norms(model, records, RUN, batch_size=size),
+        "projections, 1024": lambda: projected_gradients(model, records, RUN, projection, batch_size=size),
+        "one by one": lambda: one_by_one(model, examples),
+    }
+    if kfac is not None:
+        wanted, given = kfac["wanted"], {key: value for key, value in kfac.items() if key != "wanted"}
+        everywhere = {key: value for key, value in given.items() if key != "layers"}
+        runs["K-FAC, the paper's layers"] = lambda: kfac_factors(model, records, wanted, RUN, batch_size=size, **given)
+        runs["input Gram, the same"] = lambda: input_grams(model, records, wanted, RUN, batch_size=size, **given)
+        runs["K-FAC, every layer"] = lambda: kfac_factors(
+            model, records, wanted, RUN, batch_size=size, **everywhere, labels="gold"
+        )
+    best = dict.fromkeys(runs, float("inf"))
+    for number in range(rounds + 1):
+        for what, act in runs.items():
+            start = time.perf_counter()
+            act()
+            if number:  # the first round warms up
+                best[what] = min(best[what], time.perf_counter() - start)
+    base = best["forward-backward"]
+    print(f"{name}: {model.parameters:,} weights, {len(records)} examples, batch {size}")
+    print(f"  forward-backward {base / len(records) * 1e3:.2f} ms an example")
+    for what, seconds in best.items():
+        if what != "forward-backward":
+            print(f"  {what}: {seconds / base:.2f} x", flush=True)
+    print(f"  Fisher per example is {best['one by one'] / best['Fisher per example']:.1f} x as fast as one by one")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=["vit", "convnet", "lm"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--examples", type=int, default=512)
+    arguments = parser.parse_args()
+    makers = {"vit": vit, "convnet": convnet, "lm": lm}
+    for name in arguments.models:
+        compare(name, makers[name], arguments.batch, arguments.rounds, arguments.examples)
+
+
+if __name__ == "__main__":
+    main()
