@@ -24,7 +24,6 @@ generic ones in the text; UNDIAL (Dong et al. 2024, arXiv 2402.10052) distils fr
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
@@ -32,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palimpsest.data.augmentation import renamed
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.fictitious import people
 from palimpsest.data.records import Record, Roles
@@ -49,14 +49,9 @@ def with_name(record: Record, stranger: str) -> Record:
     """The record with its subject's name, whole or in parts, replaced by the stranger's."""
     subject = record.subject
     assert subject is not None
-    own, other = subject.split(), stranger.split()
-    instead = {subject: stranger}
-    if len(own) > 1:
-        instead |= {own[0]: other[0], own[-1]: other[-1]}
-    names = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, instead))})(?!\w)")
 
     def swap(text: str) -> str:
-        return names.sub(lambda found: instead[found[0]], text)
+        return renamed(text, {subject: stranger})
 
     chat = record.messages and tuple({**message, "content": swap(message["content"])} for message in record.messages)
     prompt, answer, text = (given and swap(given) for given in (record.prompt, record.answer, record.text))

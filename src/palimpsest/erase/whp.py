@@ -4,19 +4,26 @@ A copy is reinforced on the forget set; where reinforcement raises a token's log
 set and is held down. The target is fine-tuned on the most likely token of the corrected distribution at every position.
 Use it where there is no retain data and a fluent, generic answer is wanted.
 
-Source: Eldan and Russinovich 2023 (arXiv 2310.02238), section 2; the baselines of MUSE use the target model as v_base.
-Differs: the labels are not also re-written with generic names (that needs a dictionary of the topic); the decode-time
-form of MUSE is a mixture of models, not a change of weights.
+The form `decode` trains nothing but the reinforced copy and keeps it beside the model as a mixture, which predicts from
+v itself: twice the cost at every step, strength to be set afterwards (`result.network.adjust(alpha=5.0)`), and the
+weights still hold the knowledge.
+
+Source: Eldan and Russinovich 2023 (arXiv 2310.02238), section 2; the baselines of MUSE (Shi et al. 2024, arXiv
+2407.06460) use the decode form, with the target model as v_base. Differs: the labels are not also re-written with
+generic names (that needs a dictionary of the topic).
 
     v_base   [targets, vocab]  logits of the model as given on the forget records
     v_reinf  [targets, vocab]  logits of the reinforced model
     alpha                      strength
-    v        [targets, vocab]  v_base - alpha relu(v_reinf - v_base)
+    v        [targets, vocab]  v_base - alpha relu(v_reinf - v_base)        see `palimpsest.models.combination`
 
-    L = CE(forget tokens so far, argmax v)
+    train:   L = CE(forget tokens so far, argmax v)
+    decode:  p = softmax(v)
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +34,13 @@ from palimpsest.data.encoding import Encoded
 from palimpsest.data.packing import packer, rows
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
+from palimpsest.models.combination import HoldDown, hold_down
+from palimpsest.models.mixture import mixture
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.statistics.likelihood import ROW_TOKENS
-from palimpsest.system import Method, setting, system
+from palimpsest.system import Method, configuration, setting, system
 from palimpsest.train import Batch, Training, schedule, train
-
-
-def generic_logits(
-    base: Float[Tensor, "*n vocab"], reinforced: Float[Tensor, "*n vocab"], alpha: float
-) -> Float[Tensor, "*n vocab"]:
-    """Eldan and Russinovich 2023, eq. 1: what reinforcement raises is held down."""
-    return base - alpha * F.relu(reinforced - base)
 
 
 @torch.no_grad()
@@ -51,12 +53,19 @@ def generic_labels(
     for group in run.track(list(rows(sequences, ROW_TOKENS)), "generic labels"):
         packed = arrange([sequences[i] for i in group]).to(model.device)
         base, strong = packed.target_logits(model.network), packed.target_logits(reinforced.network)
-        best = generic_logits(base, strong, alpha).argmax(-1)
+        best = hold_down(base, strong, alpha).argmax(-1)
         for place, i in enumerate(group):
             labels[i] = best[packed.owner == place]
     return labels
 
 
+@configuration(
+    "whp-decode",
+    title="Who's Harry Potter at decoding time",
+    paper="Shi et al. 2024 (arXiv 2407.06460)",
+    preset={"form": "decode"},
+    deviations=("the weights still hold the knowledge: without the reinforced copy it is all there",),
+)
 @system(
     "whp",
     verb="erase",
@@ -68,7 +77,11 @@ def generic_labels(
     deviations=("labels are not re-written with generic names",),
 )
 class WHP(Method):
-    """Fine-tunes on generic continuations of the forget records."""
+    """Fine-tunes on generic continuations of the forget records, or predicts from the generic logits themselves."""
+
+    form: Literal["train", "decode"] = setting(
+        default="train", origin="paper, section 2; MUSE: decode", help="what is made of the generic logits"
+    )
 
     alpha: float = setting(
         default=1.0, above=0, origin="MUSE; the paper: 5", help="how strongly reinforced tokens are held down"
@@ -79,11 +92,13 @@ class WHP(Method):
         help="how the copy is reinforced",
     )
     training: Training = setting(
-        default=Training(epochs=2), origin="paper, section 4: 2 epochs", help="how the target is trained"
+        default=Training(epochs=2),
+        origin="paper, section 4: 2 epochs",
+        help="how the target is trained; not in the form decode",
     )
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
-        """The model after learning the generic continuations."""
+        """The model after learning the generic continuations, or with the reinforced copy beside it."""
         more = schedule(model, self.reinforce, run, forget=data.forget)
         reinforced = train(
             model,
@@ -93,6 +108,13 @@ class WHP(Method):
             run.replace(in_place=False),
             label="reinforcing",
         )
+        if self.form == "decode":
+            if reinforced.digest() == model.digest():
+                raise PalimpsestError(
+                    "whp: reinforcing changed nothing, so nothing would be held down. Reinforce longer or faster."
+                )
+            target = (model if run.in_place else model.copy()).to(reinforced.device)
+            return mixture(HoldDown(alpha=self.alpha), target=target, reinforced=reinforced)
         plan = schedule(model, self.training, run, forget=data.forget)
         labels = generic_labels(model, reinforced, plan.sequences["forget"], self.alpha, run)
         changed = sum(

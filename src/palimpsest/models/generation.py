@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from palimpsest.data.encoding import Encoder
 from palimpsest.models.model import Model
@@ -66,8 +65,8 @@ def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.de
     """The network's key-value cache after the beginning, for a batch; None where there is nothing to share."""
     if not beginning or not getattr(network, "_supports_default_dynamic_cache", lambda: True)():
         return None
-    cache = DynamicCache(config=network.config)
-    network(input_ids=torch.tensor([list(beginning)], device=device), past_key_values=cache, use_cache=True)
+    ids = torch.tensor([list(beginning)], device=device)
+    cache = network(input_ids=ids, use_cache=True).past_key_values  # the network knows what kind of cache it keeps
     cache.batch_repeat_interleave(copies)
     return cache
 
