@@ -113,13 +113,14 @@ def page(slug: str, facts: Facts) -> str:
         lines.append("It has no hyperparameters.")
     reproduced = RESULTS / "reproduce" / f"{slug}.md"
     if reproduced.exists():
+        told = reproduced.read_text("utf-8").strip()
         lines += [
             "",
             "## Reproduction",
             "",
             f"`palimpsest reproduce {slug}`",
             "",
-            reproduced.read_text("utf-8").strip(),
+            told[told.find("**Claim.") :],  # the page has its own heading
         ]
     return "\n".join(lines) + "\n"
 

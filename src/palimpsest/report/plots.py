@@ -206,8 +206,9 @@ def heat_map(values: Sequence[Sequence[float]], label: str) -> str:
         axes = figure.add_subplot()
         for row, column in np.ndindex(matrix.shape):
             corner = (column + 0.04, row + 0.04)
-            shade = {"facecolor": _HEAT, "alpha": float(shades[row, column])}
-            axes.add_patch(matplotlib.patches.Rectangle(corner, 0.92, 0.92, linewidth=0, **shade))
+            shade = float(shades[row, column])
+            cell = matplotlib.patches.Rectangle(corner, 0.92, 0.92, linewidth=0, facecolor=_HEAT, alpha=shade)
+            axes.add_patch(cell)
         axes.set(xlim=(0, matrix.shape[1]), ylim=(matrix.shape[0], 0))
         for axis, count in ((axes.xaxis, matrix.shape[1]), (axes.yaxis, matrix.shape[0])):
             shown = np.arange(0, count, max(1, math.ceil(count / 12)))

@@ -9,6 +9,7 @@ facts, not language.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from palimpsest.data.encoding import PLAIN_PROMPT
 from palimpsest.data.records import Record, Roles
 from palimpsest.models.model import Model
+from palimpsest.run import Run
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
 
@@ -154,3 +156,14 @@ def new_model(seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Model(LlamaForCausalLM(config), words)
+
+
+def learned(seed: int, folder: Path, run: Run) -> Model:
+    """The harness model that learned everything, trained once and then read from the folder."""
+    from palimpsest.models.loading import load
+
+    saved = folder / f"harness-{seed}"
+    if not saved.exists():
+        run = run.replace(seed=seed, in_place=True, folder=None)
+        LEARNING.apply(new_model(seed), Roles(train=biographies(seed).train), run).save_pretrained(saved)
+    return load(str(saved), run=run)

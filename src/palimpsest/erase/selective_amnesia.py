@@ -1,0 +1,173 @@
+"""Selective amnesia: find where facts are recalled, then unlearn there and nowhere else.
+
+Causal tracing shows at which layers the subject of a sentence is turned into what is known about it; in transformers
+these are the MLPs of the first layers. Gradient difference then trains those MLPs alone, and the weight that holds the
+retain set grows exponentially as soon as the retain loss rises above its level in the first epoch. Use it for facts
+about named subjects, where the rest of the network should stay bit-identical.
+
+Source: Agrawal and Huang 2025 (SemEval-2025, arXiv 2504.12996) and the authors' code. Unrelated to the paper of the
+same name on diffusion models. Differs: the mean retain loss divides by batches (the code divides it by examples, which
+makes it too small by the retain count of a batch) and sees training batches only; the ascent ends at the loss of a
+uniform guess, which the code does not bound; the last weights are kept, not those with the lowest joint loss on
+validation data, which rewards forgetting without end. As in the code, alpha belongs to what is computed at once: with
+gradient accumulation every part of a step has its own.
+
+    L_f, L_r   []   token-weighted cross-entropy of the forget and the retain items of a batch, nats; 0 where none
+    Lbar       []   mean L_r over the first epoch
+    Delta           L_r - Lbar
+    alpha           clip(a b^Delta + c, alpha_min, alpha_max); alpha_min in the first epoch and where Delta <= 0
+
+    L = -L_f + alpha L_r        alpha is no part of the gradient
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palimpsest.data.records import Record, Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import anatomy
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.statistics.tracing import NothingToTraceError, third, trace
+from palimpsest.system import Method, setting, system
+from palimpsest.train import Batch, Training, schedule, train
+
+
+def adaptive_weight(
+    delta: float,
+    base: float = 6.0,
+    scale: float = 0.3,
+    shift: float = 0.8,
+    least: float = 1.2,
+    most: float = 2.8,
+    decimals: int | None = None,
+) -> float:
+    """alpha(Delta); the code rounds the value before it is clipped to one decimal."""
+    if delta <= 0:
+        return least
+    value = scale * base**delta + shift
+    value = value if decimals is None else round(value, decimals)
+    return min(max(value, least), most)
+
+
+@system(
+    "selective-amnesia",
+    verb="erase",
+    title="Selective amnesia (constrained unlearning)",
+    paper="Agrawal and Huang 2025 (arXiv 2504.12996)",
+    takes="causal-lm",
+    needs={"forget", "retain"},
+    fidelity="adapted",
+    deviations=(
+        "the mean retain loss divides by batches, the code by examples",
+        "the forget loss is capped at that of a uniform guess",
+        "the last weights are kept, not those with the lowest joint loss",
+        "the layers are traced on the forget records by default, the paper fixes 0 to 5",
+    ),
+)
+class SelectiveAmnesia(Method):
+    """Gradient difference on the MLPs where the facts are recalled, with a retain weight that adapts."""
+
+    layers: Literal["auto", "all"] | tuple[int, ...] = setting(
+        default="auto", origin="ours; paper: 0 to 5 of 16 and of 32", help="layers to train; auto: chosen by tracing"
+    )
+    module: Literal["mlp", "attention", "both"] = setting(default="mlp", origin="paper", help="what is trained there")
+    traced: int = setting(default=20, at_least=1, origin="ours", help="most forget facts that are traced")
+    adaptive: bool = setting(default=True, origin="paper", help="whether the retain weight adapts, else it is `least`")
+    scale: float = setting(default=0.3, at_least=0, origin="paper", help="a")
+    base: float = setting(default=6.0, above=0, origin="paper", help="b")
+    shift: float = setting(default=0.8, origin="paper", help="c")
+    least: float = setting(default=1.2, at_least=0, origin="paper", help="alpha_min")
+    most: float = setting(default=2.8, at_least=0, origin="paper; the code: 2.3", help="alpha_max")
+    decimals: int | None = setting(
+        default=None, at_least=0, origin="ours; the code: 1", help="decimals that alpha is rounded to before clipping"
+    )
+    cap: float | None = setting(
+        default=None, above=0, origin="ours", help="forget loss beyond which nothing is gained; None: log vocabulary"
+    )
+    training: Training = setting(
+        default=Training(learning_rate=1.5e-5, epochs=8, batch_size=120, weight_decay=0.0, warmup_epochs=0.0),
+        origin="official code: 12 x 10 records a step",
+        help="how to train",
+    )
+
+    def apply(self, model: Model, data: Roles, run: Run) -> Model:
+        """The model after the constrained unlearning."""
+        if self.least > self.most:
+            raise PalimpsestError(f"least is {self.least:g}, more than most ({self.most:g}).")
+        chosen = self._parameters(model, data, run)
+        plan = schedule(model, self.training, run, pooled=True, forget=data.forget, retain=data.retain)
+        cap = self.cap or math.log(model.network.config.get_text_config().vocab_size)
+        weight = _Weight(self, plan.steps_per_epoch)
+
+        def objective(batch: Batch) -> Float[Tensor, ""]:
+            loss = torch.zeros((), device=model.device)
+            if "forget" in batch:
+                loss = loss - batch.forget.mean_tokens((-batch.forget.log_probs).clamp_max(cap))
+            if "retain" in batch:
+                loss = loss + weight.of(-batch.retain.log_probs.detach()) * batch.retain.cross_entropy
+            return loss
+
+        def after_step(step: int, student: Model) -> bool:
+            weight.step = step
+            return run.stop is not None and run.stop(step, student)
+
+        # The weight remembers the first epoch, which a checkpoint does not: work that was killed begins anew.
+        anew = run.replace(resume=False)
+        result = train(
+            model, plan, objective, self.training, anew, trainable=lambda name: name in chosen, stop=after_step
+        )
+        run.note(retain_weight=weight.curve)
+        return result
+
+    def _parameters(self, model: Model, data: Roles, run: Run) -> set[str]:
+        """The names of what is trained."""
+        layers: tuple[int, ...] | None = None
+        if self.layers == "auto":
+            layers = self._traced(model, data.forget[: self.traced], run)
+        elif self.layers != "all":
+            layers = tuple(self.layers)
+            if not layers:
+                raise PalimpsestError("layers is empty: no layer was named to train.")
+        roles = ["mlp", "attention"] if self.module == "both" else [self.module]
+        match = anatomy(model.network).select(roles, layers)
+        run.note(layers=sorted({part.layer for part in match.parts if part.layer is not None}))
+        return set(match.tensors())
+
+    def _traced(self, model: Model, facts: list[Record], run: Run) -> tuple[int, ...]:
+        """The layers where the facts are recalled; the first third, as in the paper, where the model knows none."""
+        try:
+            found = trace(model, facts, run)
+        except NothingToTraceError as error:
+            layers = tuple(range(third(len(anatomy(model.network).blocks()))))
+            run.warn(f"selective-amnesia: {error} The first third of the layers is trained.")
+            return layers
+        run.note(effects=found.effects.nan_to_num(), total_effect=found.total_effect, untraceable=found.skipped)
+        return found.layers()
+
+
+class _Weight:
+    """alpha of one micro-batch after the other, from its retain loss and the mean of those of the first epoch."""
+
+    def __init__(self, method: SelectiveAmnesia, first_epoch: int) -> None:
+        self.method, self.first_epoch = method, first_epoch
+        self.step = 0
+        self.first: list[float] = []
+        self.curve: list[float] = []
+
+    def of(self, nll: Float[Tensor, " targets"]) -> float:
+        m, loss = self.method, float(nll.mean())
+        alpha = m.least
+        if self.step < self.first_epoch:
+            self.first.append(loss)
+        elif m.adaptive and self.first:
+            delta = loss - sum(self.first) / len(self.first)
+            alpha = adaptive_weight(delta, m.base, m.scale, m.shift, m.least, m.most, m.decimals)
+        self.curve.append(alpha)
+        return alpha
