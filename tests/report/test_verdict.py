@@ -195,3 +195,37 @@ def test_a_measure_that_saw_nothing_before_cannot_show_that_it_is_still_there():
     seeing = {"knowledge_memory/forget": 0.8}
     found = verdict(small({"knowledge_memory/forget": 0.6}, before=seeing, gold={"knowledge_memory/forget": 0.06}))
     assert found.outcome == "hidden"
+
+
+def classifier(after: float, kept: float = 0.97, member: float = 0.02) -> Evidence:
+    """A classifier before, erased and never taught the class, on 30 erased images."""
+    numbers = {
+        "before": {"accuracy/forget": 1.0, "accuracy/test": 0.98, "member/forget": 0.8, "auc/loss": 0.9},
+        "erased": {"accuracy/forget": after, "accuracy/test": kept, "member/forget": member, "auc/loss": 0.52},
+        "gold": {"accuracy/forget": 0.0, "accuracy/test": 0.98, "member/forget": 0.01, "auc/loss": 0.5},
+    }
+    models = tuple(model(name, values, n=30) for name, values in numbers.items())
+    return dataclasses.replace(small(), models=models)
+
+
+def test_a_classifier_recognises_instead_of_reciting():
+    found = verdict(classifier(0.03))
+    assert found.outcome == "forgotten"
+    assert found.headline == "The model no longer recognises Ilse Varga and Tomaso Kerr."
+    assert found.sentences[0].startswith("It was right about 1.00 of the erased records before, 0.03")
+    assert found.figures[0].label == "recognition of what was erased"
+
+
+@pytest.mark.parametrize(
+    ("evidence", "outcome", "words"),
+    [
+        (classifier(0.9), "not forgotten", "still recognises"),
+        (classifier(0.4), "partly forgotten", "recognises less of"),
+        (classifier(0.0, kept=0.4), "wrecked", "lost much of everything else"),
+    ],
+    ids=["kept", "partly", "wrecked"],
+)
+def test_a_classifier_is_judged_by_the_same_rules(evidence, outcome, words):
+    found = verdict(evidence)
+    assert found.outcome == outcome
+    assert words in found.headline

@@ -17,7 +17,11 @@ ROLES = {
     "real": "real people",
     "world": "world facts",
     "general": "general text",
+    "holdout": "unseen records like them",
+    "test": "unseen other records",
 }
+FORGOTTEN = ("forget", "holdout")
+"""Roles that an erased model should know no better than one that never learned them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,15 @@ _METRICS: dict[str, Metric] = {
         style="decimal",
         blind="Perplexity averages over tokens of general text: rare knowledge can go without moving it.",
     ),
+    "accuracy": Metric(
+        title="Accuracy",
+        bounds=_UNIT,
+        blind="Accuracy looks at the last layer only: a model whose head alone was changed passes, and what it knew is "
+        "still in its features.",
+    ),
+    "member": Metric(title="Called members by their entropy", section="Being found out", better="gold", bounds=_UNIT),
+    "zrf": Metric(title="Randomness of predictions (ZRF)", section="Forgetting", better="gold", bounds=_UNIT),
+    "kl": Metric(title="Divergence from gold (KL)", better="lower", bounds=(0.0, math.inf)),
     "repetition": Metric(title="Repetition", section="Health of the text", better="lower", bounds=_UNIT),
     "refusals": Metric(
         title="Refusals",
@@ -193,6 +206,9 @@ KEY = (
     "model_utility",
     "rouge/world",
     "gibberish/forget",
+    "accuracy/forget",
+    "member/forget",
+    "accuracy/test",
 )
 
 
@@ -210,9 +226,14 @@ def metric(name: str) -> Metric:
     section: Section = known.section
     better = known.better
     if section == "Other":
-        section, better = ("Forgetting", "lower") if tail == "forget" else ("What must stay", "higher")
+        erased = tail in FORGOTTEN
+        section = "Forgetting" if erased else "What must stay"
         if head == "truth_ratio":
             better = "higher"
+        elif head == "accuracy" and erased:
+            better = "gold"
+        elif head != "kl":
+            better = "lower" if erased else "higher"
     role = ROLES.get(tail, tail)
     short = f"{known.short or known.title}, {tail}"
     return dataclasses.replace(known, title=f"{known.title}, {role}", section=section, better=better, short=short)

@@ -13,7 +13,18 @@ import numpy as np
 
 from palimpsest.report.groups import Comparison, Group
 from palimpsest.report.metrics import ATTACKS, metric
-from palimpsest.report.sentences import KEPT, MARGIN, attack, kept, left, percent, recall, recall_name, within_margin
+from palimpsest.report.sentences import (
+    KEPT,
+    MARGIN,
+    attack,
+    kept,
+    left,
+    percent,
+    recall,
+    recall_name,
+    recites,
+    within_margin,
+)
 
 Tone = Literal["good", "mixed", "bad"]
 
@@ -62,10 +73,11 @@ def nothing_to_forget(sides: Comparison, who: str) -> Finding | None:
     before, _, gold = recall(sides)
     if before is None or before.value - (gold.value if gold else 0.0) >= MARGIN:
         return None
+    verb, _ = recites(sides, who)
     return Finding(
         kind="nothing to forget",
         tone="mixed",
-        headline=f"There was nothing to forget: the model did not recite {who} in the first place.",
+        headline=f"There was nothing to forget: the model did not {verb} {who} in the first place.",
         text="Recall before the erasure was already that of a model without this knowledge, so this shows nothing.",
     )
 
@@ -75,7 +87,8 @@ def not_forgotten(sides: Comparison, who: str) -> Finding | None:
     rest = left(sides)
     if rest is None or rest <= 0.5 or within_margin(sides):
         return None
-    headline = f"The model still recites {_learned(who)}."
+    verb, what = recites(sides, who)
+    headline = f"The model still {verb}s {what}."
     return Finding(kind="not forgotten", tone="bad", headline=headline, text=_rest(sides, rest))
 
 
@@ -126,7 +139,7 @@ def hidden(sides: Comparison, who: str) -> Finding | None:
         if after - floor > max(MARGIN, 0.25 * (before - floor)):
             label = metric(name).title.partition(",")[0].lower()
             against = f", {gold:.2f} in a model that never saw them" if gold is not None else ""
-            headline = f"The model no longer says {_learned(who)}, but it still knows it."
+            headline = f"The model no longer says what it had learned about {who}, but it still knows it."
             return Finding(
                 kind="hidden", tone="bad", headline=headline, text=f"The {label} is still {after:.2f}{against}."
             )
@@ -166,7 +179,9 @@ def over_forgotten(sides: Comparison, who: str) -> Finding | None:
     floor = _number(sides.gold, name) if name else None
     reasons = []
     if after is not None and gold is not None and after.value < gold.value - MARGIN:
-        reasons.append("it repeats less of the answers than a model that never saw them")
+        classifies = recall_name(sides) == "accuracy/forget"
+        less = "it is right about them less often" if classifies else "it repeats less of the answers"
+        reasons.append(f"{less} than a model that never saw them")
     limit = (0.5 if floor is None else min(floor, 0.5)) - MARGIN
     if found is not None and found.value < limit and (found.high is None or found.high < 0.5):
         reasons.append(f"the erased records are less familiar to it than unseen ones (AUC {found.value:.2f})")
@@ -183,7 +198,8 @@ def partly(sides: Comparison, who: str) -> Finding | None:
     if rest is None or within_margin(sides) or rest > 0.5:
         return None
     against = "more than a model that never saw them would" if recall(sides)[2] else "a good part of it is left"
-    headline = f"The model recites less of {_learned(who)}, but {against}."
+    verb, what = recites(sides, who)
+    headline = f"The model {verb}s less of {what}, but {against}."
     return Finding(kind="partly forgotten", tone="mixed", headline=headline, text=_rest(sides, rest))
 
 
@@ -226,7 +242,8 @@ def no_gold(sides: Comparison, who: str) -> Finding | None:
     before, _, gold = recall(sides)
     if gold is not None or before is None:
         return None
-    headline = f"The model recites far less of {_learned(who)}, but nothing proves that it forgot."
+    verb, what = recites(sides, who)
+    headline = f"The model {verb}s far less of {what}, but nothing proves that it forgot."
     text = "No model that never saw them was measured, so what not knowing would look like is not known here."
     return Finding(kind="no gold", tone="mixed", headline=headline, text=text)
 
@@ -240,7 +257,8 @@ def too_few(sides: Comparison, who: str) -> Finding | None:
     if after.n >= FEW and (after.high is None or after.high < halfway):
         return None
     count = "1 example" if after.n == 1 else f"{after.n} examples"
-    headline = f"On {count} the model no longer recites {_learned(who)}; that is too few to prove it."
+    verb, what = recites(sides, who)
+    headline = f"On {count} the model no longer {verb}s {what}; that is too few to prove it."
     return Finding(kind="too few", tone="mixed", headline=headline, text=f"With only {count}, this may be luck.")
 
 
@@ -272,11 +290,8 @@ RULES: tuple[Rule, ...] = (
 
 
 def _no_longer(sides: Comparison, who: str) -> str:
-    return f"The model {'no longer recites' if within_margin(sides) else 'recites less of'} {_learned(who)}"
-
-
-def _learned(who: str) -> str:
-    return f"what it had learned about {who}"
+    verb, what = recites(sides, who)
+    return f"The model {f'no longer {verb}s' if within_margin(sides) else f'{verb}s less of'} {what}"
 
 
 def _rest(sides: Comparison, rest: float) -> str:

@@ -16,6 +16,7 @@ _RECALL = {
     "verbatim_memory/forget": ("it continued {before} of each text before, {after} after", "continues {gold}"),
     "knowledge_memory/forget": ("it got {before} of each answer right before, {after} after", "gets {gold}"),
     "probability/forget": ("it gave the answers a probability of {before} before, {after} after", "gives {gold}"),
+    "accuracy/forget": ("it was right about {before} of the erased records before, {after} after", "is about {gold}"),
 }
 
 
@@ -28,6 +29,13 @@ def about(evidence: Evidence) -> str:
     if len(names) <= 3:
         return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     return f"{names[0]}, {names[1]} and {len(names) - 2} others"
+
+
+def recites(sides: Comparison, who: str) -> tuple[str, str]:
+    """What a model does that knows them, as a verb, and its object: classifiers recognise, language models recite."""
+    if recall_name(sides) == "accuracy/forget":
+        return "recognise", who
+    return "recite", f"what it had learned about {who}"
 
 
 def recall_name(sides: Comparison) -> str | None:
@@ -173,5 +181,6 @@ def _plainly(name: str) -> str:
         "truth_ratio": "telling true from false about {role}",
         "knowledge_memory": "knowledge of {role}",
         "perplexity": "surprise at {role}",
+        "accuracy": "accuracy on {role}",
     }.get(head, metric(name).title.lower())
     return what.format(role=ROLES.get(role, role))

@@ -66,7 +66,7 @@ def verdict(evidence: Evidence) -> Verdict:
 def _recall(sides: Comparison) -> Figure:
     name = recall_name(sides)
     before, after, gold = recall(sides)
-    label = "recall of what was erased"
+    label = "recognition of what was erased" if name == "accuracy/forget" else "recall of what was erased"
     if name is None or before is None or after is None:
         return _missing(label)
     show = metric(name).show

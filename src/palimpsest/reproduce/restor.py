@@ -183,8 +183,8 @@ def judge(found: Mapping[int, Sequence[Mapping[str, Recovery]]]) -> Outcome:
     return Outcome(
         rows=rows,
         checks=checks,
-        note="The oracle, the clean model itself, has rho 1 by definition. NPO pushes the summed likelihood, ascent its "
-        "mean a token: at the same rate and steps NPO does several times as much, and more harm.",
+        note="The oracle, the clean model itself, has rho 1 by definition. NPO pushes the summed likelihood, ascent "
+        "its mean a token: at the same rate and steps NPO does several times as much, and more harm.",
     )
 
 
