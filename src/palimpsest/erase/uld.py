@@ -4,8 +4,9 @@ The problem is turned round. Pushing a model away from the forget records has no
 training a small assistant to recite them, and to know nothing else, is easy and bounded. At every step its logits are
 subtracted from the model's. What the assistant was never shown is left alone, because a flat assistant changes nothing.
 Use it where the model is served, not handed over: THE WEIGHTS STILL HOLD THE KNOWLEDGE, and whoever has them can drop
-the assistant. Strength and filter are set afterwards, without training: `result.network.adjust(alpha=0.5)`;
-`result.network.scores(...)` shows target, assistant and both.
+the assistant. Strength and filter are set afterwards, without training: `result.network.adjust(alpha=0.5)`; no token
+can lose more than alpha log V nats, so small vocabularies need more. `result.network.scores(...)` shows target,
+assistant and both.
 
 Source: Ji et al. 2024 (arXiv 2406.08607), sections 3.2-3.4 and the authors' code. The settings are those of the paper
 on TOFU. Differs: see the deviations; `centre=False` and `positions="padded"` are the code's own choices. Perturbed
@@ -162,9 +163,9 @@ class ULD(Method):
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model with its assistant."""
+        known, unknown = self._records(data, run)
         blocks = len(anatomy(foundation(model.network)).blocks())
         assistant = first_blocks(model, self.layers if self.layers is not None else max(1, round(blocks / 4)))
-        known, unknown = self._records(data, run)
         encoder = Encoder.of(assistant, self.training.max_length)
         silent = scored(encoder.records(unknown), self.positions, encoder.eos)
         plan = schedule(assistant, self.training, run, forget=known, retain=in_turn(silent))

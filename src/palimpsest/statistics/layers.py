@@ -43,7 +43,11 @@ def widened(x: Tensor) -> Tensor:
 def _linear(call: Call, examples: int) -> dict[str, Piece]:
     g, a = _positions(call.gradient, call, examples), _positions(call.input, call, examples)
     left, right = (a, g) if isinstance(call.module, Conv1D) else (g, a)
-    return {"weight": Outer(left[:, None], right[:, None]), "bias": Dense(g.sum(1))}
+    return {"weight": Outer(left[:, None], right[:, None])} | _bias(call, g)
+
+
+def _bias(call: Call, g: Float[Tensor, "batch positions features"]) -> dict[str, Piece]:
+    return {} if call.module.bias is None else {"bias": Dense(g.sum(1))}
 
 
 def _embedding(call: Call, examples: int) -> dict[str, Piece]:
@@ -76,7 +80,7 @@ def _convolution(call: Call, examples: int) -> dict[str, Piece]:
     right = patches.reshape(examples, -1, groups, height * width, x.shape[2] * kernel[0] * kernel[1])
     left = g.reshape(examples, -1, groups, g.shape[1] // groups, height * width).mT
     left, right = (t[:, 0] if t.shape[1] == 1 else t.transpose(1, 2).flatten(2, 3) for t in (left, right))
-    return {"weight": Outer(left, right), "bias": Dense(left.sum(2).flatten(1))}
+    return {"weight": Outer(left, right)} | _bias(call, left.transpose(1, 2).flatten(2))
 
 
 def _normalisation(call: Call, examples: int) -> dict[str, Piece]:

@@ -30,7 +30,7 @@ class View:
     targets: Int[Tensor, " targets"]
     owner: Int[Tensor, " targets"]
     tokens_per_example: float
-    place: slice
+    place: int
     forward: _Tokens | _Examples
 
     @cached_property
@@ -87,18 +87,20 @@ class _Tokens:
     network: Any
     packed: Packed
     watch: str | None
+    targets: Sequence[int]
+
+    # split, not sliced: on the way back slices are filled up with zeros to the whole, a vocabulary wide
+    @cached_property
+    def logits(self) -> Sequence[Float[Tensor, "targets vocabulary"]]:
+        return self.packed.target_logits(self.network).split(self.targets)
 
     @cached_property
-    def logits(self) -> Float[Tensor, "targets vocabulary"]:
-        return self.packed.target_logits(self.network)
-
-    @cached_property
-    def hidden(self) -> Float[Tensor, "targets width"]:
+    def hidden(self) -> Sequence[Float[Tensor, "targets width"]]:
         assert self.watch is not None
         bare = getattr(self.network, "module", self.network)
         with capture({self.watch: places(bare)[self.watch].module}) as outputs:
             self.network(**self.packed.inputs(), logits_to_keep=torch.zeros(1, dtype=torch.long))
-        return outputs[self.watch][self.packed.row, self.packed.here].float()
+        return outputs[self.watch][self.packed.row, self.packed.here].float().split(self.targets)
 
 
 @dataclasses.dataclass
@@ -119,13 +121,13 @@ class _Examples:
             return self.network(**inputs).logits.float(), outputs
 
     @property
-    def logits(self) -> Float[Tensor, "batch labels"]:
-        return self._computed[0]
+    def logits(self) -> Sequence[Float[Tensor, "batch labels"]]:
+        return (self._computed[0],)
 
     @property
-    def hidden(self) -> Float[Tensor, "batch ..."]:
+    def hidden(self) -> Sequence[Float[Tensor, "batch ..."]]:
         assert self.watch is not None
-        return self._computed[1][self.watch].float()
+        return (self._computed[1][self.watch].float(),)
 
 
 class Batch:
@@ -163,16 +165,17 @@ def batch_of(
             }
         )
     packed = arrange([sequence for sequences in chosen.values() for sequence in sequences]).to(device)
-    forward = _Tokens(network, packed, watch)
+    counts = {role: sum(len(sequence.targets) for sequence in sequences) for role, sequences in chosen.items()}
+    forward = _Tokens(network, packed, watch, list(counts.values()))
     views, first, start = {}, 0, 0
-    for role, sequences in chosen.items():
-        end = start + sum(len(sequence.targets) for sequence in sequences)
+    for place, (role, sequences) in enumerate(chosen.items()):
+        end = start + counts[role]
         views[role] = View(
             index=index[role],
             targets=packed.targets[start:end],
             owner=packed.owner[start:end] - first,
             tokens_per_example=micro.tokens_per_example[role],
-            place=slice(start, end),
+            place=place,
             forward=forward,
         )
         first, start = first + len(sequences), end
@@ -182,4 +185,4 @@ def batch_of(
 def _of_examples(index: Int[Tensor, " batch"], forward: _Examples, weight: float) -> View:
     labels = torch.tensor([example.label for example in forward.examples], device=index.device)
     owner = torch.arange(len(index), device=index.device)
-    return View(index=index, targets=labels, owner=owner, tokens_per_example=weight, place=slice(None), forward=forward)
+    return View(index=index, targets=labels, owner=owner, tokens_per_example=weight, place=0, forward=forward)
