@@ -12,11 +12,12 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from palimpsest import __version__
 from palimpsest.errors import PalimpsestError, nearest
-from palimpsest.run import Precision, console
+from palimpsest.options import DataOptions, RunOptions, check_free, flat, flat_items, parse, positional, settings_type
+from palimpsest.run import console
 from palimpsest.system import VERBS, Facts, catalogue, create, facts_of
 
 CHANGING = ("write", "keep", "erase", "fit")
@@ -73,97 +74,6 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def check_free(folder: Path, overwrite: bool = False) -> None:
-    """Raises where results could not go into the folder: it holds files already, or is one."""
-    if folder.exists() and not folder.is_dir():
-        raise PalimpsestError(f"{folder} is a file, expected a folder.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise PalimpsestError(f"{folder} already holds files. Choose another folder, or pass --overwrite.")
-
-
-# --- options that several commands share -----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How the work is carried out."""
-
-    seed: int = 0
-    """random seed"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    precision: Precision = "auto"
-    """auto measures which is faster on this machine"""
-    work: Path | None = None
-    """folder for checkpoints: a command that was killed goes on from there"""
-    quiet: bool = False
-    """no progress bars"""
-
-    def run(self) -> Any:
-        """The `Run` that is meant."""
-        from palimpsest.run import Run
-
-        return Run(
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,
-            folder=self.work,
-            progress=not self.quiet,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Which records play which role: one source with a forget subject, TOFU, or a file for each role."""
-
-    data: str | None = None
-    """all records: a .jsonl, .json, .parquet or .txt file, a folder of texts, or a hub dataset"""
-    forget_subject: tuple[str, ...] = ()
-    """subjects in --data that are to be forgotten; the others are retained"""
-    tofu: str | None = None
-    """a TOFU split: forget01, forget05 or forget10"""
-    tofu_source: Path | None = None
-    """folder with the TOFU files; without it, the hub"""
-    tofu_authors: int | None = None
-    """only this many retained TOFU authors"""
-    tofu_forget_authors: int | None = None
-    """only this many forgotten TOFU authors"""
-    role: dict[str, Path] = dataclasses.field(default_factory=dict)
-    """a file for a role: --role forget a.jsonl retain b.jsonl world c.jsonl"""
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)
-    """columns of your files: --fields prompt question answer reply"""
-
-    def roles(self) -> Any:
-        """The records by role; raises where nothing was named."""
-        from palimpsest.data.loading import load_records
-        from palimpsest.data.records import Roles, by_subject
-        from palimpsest.data.tofu import tofu
-
-        if self.forget_subject and not self.data:
-            raise PalimpsestError("--forget-subject names subjects in --data. Pass --data FILE.")
-        if self.tofu and (self.data or self.role):
-            raise PalimpsestError("--tofu brings all roles with it. Leave out --data and --role.")
-        if self.tofu:
-            return tofu(self.tofu, self.tofu_source, authors=self.tofu_authors, forget_authors=self.tofu_forget_authors)
-        named = {name: load_records(str(path), fields=self.fields or None) for name, path in self.role.items()}
-        if self.data:
-            records = load_records(self.data, fields=self.fields or None)
-            named.setdefault("train", records)
-            if self.forget_subject:
-                named["forget"], named["retain"] = by_subject(records, self.forget_subject)
-        if not named:
-            raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
-        return Roles(**named)
-
-    @property
-    def source(self) -> str:
-        """A few words for the report."""
-        return f"TOFU {self.tofu}" if self.tofu else self.data or ", ".join(str(path) for path in self.role.values())
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
 def _list(words: list[str]) -> None:
     @dataclasses.dataclass
     class Options:
@@ -174,7 +84,7 @@ def _list(words: list[str]) -> None:
         json: bool = False
         """machine-readable"""
 
-    options = _parse(Options, words, "list")
+    options = parse(Options, words, "list")
     if options.verb is not None and options.verb not in VERBS:
         raise PalimpsestError(f"there is no verb {options.verb!r}. {nearest(options.verb, VERBS)}")
     chosen = [facts for facts in catalogue().values() if options.verb in (None, facts.verb)]
@@ -194,12 +104,12 @@ def _show(words: list[str]) -> None:
     class Options:
         """A system's facts, hyperparameters and source."""
 
-        system: _positional(str)
+        system: positional(str)
         """a name that `palimpsest list` shows"""
         json: bool = False
         """machine-readable"""
 
-    options = _parse(Options, words, "show")
+    options = parse(Options, words, "show")
     facts = facts_of(options.system)
     instance = create(options.system)
     fields = list(_describe(instance))
@@ -253,7 +163,7 @@ def _change(verb: str, words: list[str]) -> int:
     if slug not in of_verb:
         raise PalimpsestError(f"there is no system {slug!r} under {verb}. {nearest(slug, of_verb)}")
     preset = create(slug)
-    settings = _settings_type(type(preset), preset)
+    settings = settings_type(type(preset), preset)
 
     @dataclasses.dataclass(kw_only=True)
     class Options:
@@ -263,17 +173,17 @@ def _change(verb: str, words: list[str]) -> int:
         """hub name, folder, .gguf file, or the embedded smollm2-135m-instruct"""
         overwrite: bool = False
         """replace what is in --out"""
-        run: Annotated[RunOptions, _flat()] = dataclasses.field(default_factory=RunOptions)
-        data: Annotated[DataOptions, _flat()] = dataclasses.field(default_factory=DataOptions)
-        method: Annotated[settings, _flat()] = dataclasses.field(default_factory=settings)
+        run: Annotated[RunOptions, flat()] = dataclasses.field(default_factory=RunOptions)
+        data: Annotated[DataOptions, flat()] = dataclasses.field(default_factory=DataOptions)
+        method: Annotated[settings, flat()] = dataclasses.field(default_factory=settings)
         """hyperparameters of the method"""
 
     Options.__doc__ = facts_of(slug).title
-    options = _parse(Options, words[1:], f"{verb} {slug}")
+    options = parse(Options, words[1:], f"{verb} {slug}")
     from palimpsest.models.loading import load
 
     check_free(options.out, options.overwrite)
-    method = create(slug, **_flat_items(options.method))
+    method = create(slug, **flat_items(options.method))
     roles = options.data.roles()
     run = options.run.run().replace(in_place=True)
     changed = method.apply(load(options.model, run=run), roles, run)
@@ -300,10 +210,10 @@ def _audit(words: list[str]) -> None:
         """longest generated answer, tokens"""
         overwrite: bool = False
         """replace an old report in --out"""
-        run: Annotated[RunOptions, _flat()] = dataclasses.field(default_factory=RunOptions)
-        data: Annotated[DataOptions, _flat()] = dataclasses.field(default_factory=DataOptions)
+        run: Annotated[RunOptions, flat()] = dataclasses.field(default_factory=RunOptions)
+        data: Annotated[DataOptions, flat()] = dataclasses.field(default_factory=DataOptions)
 
-    options = _parse(Options, words, "audit")
+    options = parse(Options, words, "audit")
     from palimpsest.audit.session import audit_saved
 
     page = audit_saved(
@@ -327,12 +237,12 @@ def _ledger(words: list[str]) -> None:
     class Options:
         """What was done to a saved model; checks the digest of its weights."""
 
-        folder: _positional(Path)
+        folder: positional(Path)
         """a folder saved by palimpsest"""
         json: bool = False
         """machine-readable"""
 
-    options = _parse(Options, words, "ledger")
+    options = parse(Options, words, "ledger")
     from palimpsest.ledger import verify
 
     saved = verify(options.folder)
@@ -355,14 +265,14 @@ def _report(words: list[str]) -> None:
     class Options:
         """The HTML page of an evidence file."""
 
-        evidence: _positional(Path)
+        evidence: positional(Path)
         """evidence.json of an audit, a comparison or the demo"""
         out: Path | None = None
         """where to write it; beside the evidence by default"""
         markdown: bool = False
         """print the table as Markdown instead"""
 
-    options = _parse(Options, words, "report")
+    options = parse(Options, words, "report")
     from palimpsest.report import evidence, page, table
 
     loaded = evidence.load(options.evidence)
@@ -388,7 +298,7 @@ def _people(words: list[str]) -> None:
         seed: int = 0
         """random seed"""
 
-    options = _parse(Options, words, "people")
+    options = parse(Options, words, "people")
     from palimpsest.data.fictitious import roles
     from palimpsest.data.loading import write_records
 
@@ -424,55 +334,3 @@ COMMANDS: Mapping[str, Callable[[list[str]], int | None]] = {
     "reproduce": _lazy("palimpsest.reproduce.runner"),
     "demo": _lazy("palimpsest.demo"),
 }
-
-
-# --- dataclasses as options ------------------------------------------------------------------------------------------
-
-
-def _parse(options: Any, words: list[str], name: str) -> Any:
-    import tyro
-
-    return tyro.cli(options, args=words, prog=f"palimpsest {name}")
-
-
-def _flat() -> Any:
-    import tyro
-
-    return tyro.conf.arg(name="")
-
-
-def _positional(of: type) -> Any:
-    import tyro
-
-    return tyro.conf.Positional[of]
-
-
-def _settings_type(cls: type, default: Any, given: str | None = None) -> type:
-    """A dataclass for the command line with the fields of the settings, their help, origin and defaults."""
-    import tyro
-
-    hints = get_type_hints(cls)
-    fields = []
-    for field in dataclasses.fields(cls):
-        value = getattr(default, field.name)
-        if dataclasses.is_dataclass(value):
-            nested = _settings_type(type(value), value, field.metadata.get("origin"))
-            fields.append((field.name, nested, dataclasses.field(default_factory=nested)))
-            continue
-        origin = given if given is not None and value != field.default else field.metadata.get("origin", "")
-        meaning = f"{field.metadata.get('help', '')} [{origin}]"
-        hint = Annotated[hints[field.name], tyro.conf.arg(help=meaning)]
-        fields.append((field.name, hint, dataclasses.field(default=value)))
-    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": cls.__doc__})
-
-
-def _flat_items(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings by dotted name, as `create` takes them."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            found.update(_flat_items(value, f"{prefix}{field.name}."))
-        else:
-            found[prefix + field.name] = value
-    return found

@@ -349,7 +349,7 @@ def command(words: list[str]) -> None:
     """`palimpsest forget`."""
     import tyro
 
-    from palimpsest.cli import check_free
+    from palimpsest.options import check_free
 
     @dataclasses.dataclass(kw_only=True)
     class Options:

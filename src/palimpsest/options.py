@@ -1,0 +1,148 @@
+"""What the command line reads into dataclasses: options that commands share, and the settings of systems as options."""
+
+# annotations are evaluated: tyro reads the types of the options
+# mypy: disable-error-code="valid-type,misc,name-defined,arg-type"
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from palimpsest.errors import PalimpsestError
+from palimpsest.run import Precision
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Raises where results could not go into the folder: it holds files already, or is one."""
+    if folder.exists() and not folder.is_dir():
+        raise PalimpsestError(f"{folder} is a file, expected a folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise PalimpsestError(f"{folder} already holds files. Choose another folder, or pass --overwrite.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How the work is carried out."""
+
+    seed: int = 0
+    """random seed"""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    precision: Precision = "auto"
+    """auto measures which is faster on this machine"""
+    work: Path | None = None
+    """folder for checkpoints: a command that was killed goes on from there"""
+    quiet: bool = False
+    """no progress bars"""
+
+    def run(self) -> Any:
+        """The `Run` that is meant."""
+        from palimpsest.run import Run
+
+        return Run(
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+            folder=self.work,
+            progress=not self.quiet,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which records play which role: one source with a forget subject, TOFU, or a file for each role."""
+
+    data: str | None = None
+    """all records: a .jsonl, .json, .parquet or .txt file, a folder of texts, or a hub dataset"""
+    forget_subject: tuple[str, ...] = ()
+    """subjects in --data that are to be forgotten; the others are retained"""
+    tofu: str | None = None
+    """a TOFU split: forget01, forget05 or forget10"""
+    tofu_source: Path | None = None
+    """folder with the TOFU files; without it, the hub"""
+    tofu_authors: int | None = None
+    """only this many retained TOFU authors"""
+    tofu_forget_authors: int | None = None
+    """only this many forgotten TOFU authors"""
+    role: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """a file for a role: --role forget a.jsonl retain b.jsonl world c.jsonl"""
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    """columns of your files: --fields prompt question answer reply"""
+
+    def roles(self) -> Any:
+        """The records by role; raises where nothing was named."""
+        from palimpsest.data.loading import load_records
+        from palimpsest.data.records import Roles, by_subject
+        from palimpsest.data.tofu import tofu
+
+        if self.forget_subject and not self.data:
+            raise PalimpsestError("--forget-subject names subjects in --data. Pass --data FILE.")
+        if self.tofu and (self.data or self.role):
+            raise PalimpsestError("--tofu brings all roles with it. Leave out --data and --role.")
+        if self.tofu:
+            return tofu(self.tofu, self.tofu_source, authors=self.tofu_authors, forget_authors=self.tofu_forget_authors)
+        named = {name: load_records(str(path), fields=self.fields or None) for name, path in self.role.items()}
+        if self.data:
+            records = load_records(self.data, fields=self.fields or None)
+            named.setdefault("train", records)
+            if self.forget_subject:
+                named["forget"], named["retain"] = by_subject(records, self.forget_subject)
+        if not named:
+            raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
+        return Roles(**named)
+
+    @property
+    def source(self) -> str:
+        """A few words for the report."""
+        return f"TOFU {self.tofu}" if self.tofu else self.data or ", ".join(str(path) for path in self.role.values())
+
+
+def parse(options: Any, words: list[str], name: str) -> Any:
+    """The options that the words of a command mean; wrong ones end the program with tyro's message."""
+    import tyro
+
+    return tyro.cli(options, args=words, prog=f"palimpsest {name}")
+
+
+def flat() -> Any:
+    """Marks a field whose own fields appear without its name in front."""
+    import tyro
+
+    return tyro.conf.arg(name="")
+
+
+def positional(of: type) -> Any:
+    """Marks a word that needs no option name."""
+    import tyro
+
+    return tyro.conf.Positional[of]
+
+
+def settings_type(cls: type, default: Any, given: str | None = None) -> type:
+    """A dataclass for the command line with the fields of the settings, their help, origin and defaults."""
+    import tyro
+
+    hints = get_type_hints(cls)
+    fields = []
+    for field in dataclasses.fields(cls):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            nested = settings_type(type(value), value, field.metadata.get("origin"))
+            fields.append((field.name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        origin = given if given is not None and value != field.default else field.metadata.get("origin", "")
+        meaning = f"{field.metadata.get('help', '')} [{origin}]"
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=meaning)]
+        fields.append((field.name, hint, dataclasses.field(default=value)))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": cls.__doc__})
+
+
+def flat_items(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings by dotted name, as `create` takes them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found.update(flat_items(value, f"{prefix}{field.name}."))
+        else:
+            found[prefix + field.name] = value
+    return found
