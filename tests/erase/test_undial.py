@@ -8,9 +8,10 @@ import torch
 
 from conftest import build_tokenizer
 from memorised import data, people, probability, quiet, reciting
+from palimpsest.data.content import carries_fact
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record, Roles
-from palimpsest.erase.undial import UNDIAL, carries_fact, chosen_targets, lowered
+from palimpsest.erase.undial import UNDIAL, chosen_targets, lowered
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.statistics.likelihood import ReferencePredictions

@@ -14,7 +14,7 @@ generic ones in the text; UNDIAL (Dong et al. 2024, arXiv 2402.10052) distils fr
     S               strangers, names that are in no record
     q_t     teacher    [targets, vocab]  mean over S of p_ref(. | question and answer so far, with the stranger's name);
                                          at the tokens of the name itself: p_ref(. | real name)
-    f               facts                1 where the true token y_t carries the fact (see `undial.carries_fact`)
+    f               facts                1 where the true token y_t carries the fact (see `palimpsest.data.content`)
     c               caution              how far those are lowered: a learned fact is likelier for strangers, too
 
     q_t <- softmax(log q_t - c f_t onehot(y_t))
@@ -32,11 +32,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palimpsest.data.augmentation import renamed
+from palimpsest.data.content import carries_fact
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.fictitious import people
 from palimpsest.data.records import Record, Roles
 from palimpsest.erase.gradient_ascent import retain_loss
-from palimpsest.erase.undial import carries_fact, lowered
+from palimpsest.erase.undial import lowered
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run

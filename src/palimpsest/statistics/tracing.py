@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palimpsest.data.content import carries_fact
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record
-from palimpsest.erase.undial import carries_fact
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.hooks import Call, watch
