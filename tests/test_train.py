@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import ANSWERS, QUESTIONS, build_model
-from memorised import quiet
+from memorised import data, quiet
 from palimpsest.data.packing import pack
 from palimpsest.data.records import Record
-from palimpsest.erase.npo import npo_loss
+from palimpsest.erase.npo import NPO, npo_loss
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.hooks import no_hooks_left
 from palimpsest.models.loading import load
@@ -232,6 +232,20 @@ def test_without_resume_training_starts_over(llama, tmp_path):
     steps = []
     learn(llama, run=run, stop=lambda step, student: bool(steps.append(step)))
     assert steps[0] == 1
+
+
+def test_a_checkpoint_of_the_same_method_with_other_settings_is_not_taken_up(llama, tmp_path):
+    """Same data, same training, another objective: the weights so far belong to the other one."""
+    training = Training(learning_rate=1e-3, epochs=3, batch_size=2, warmup_epochs=0.0)
+    first, second = (NPO(beta=beta, training=training) for beta in (0.1, 0.5))
+    run = quiet(folder=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(KilledError):
+        first.apply(llama, data(), run.replace(stop=interrupted(4)))
+    other, again = [], []
+    second.apply(llama, data(), run.replace(stop=lambda step, student: bool(other.append(step))))
+    first.apply(llama, data(), run.replace(stop=lambda step, student: bool(again.append(step))))
+    assert other[0] == 1
+    assert again[0] == 4
 
 
 def test_a_checkpoint_of_another_job_is_not_taken_up(llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ def guarded_apply(apply: Apply) -> Apply:
 
     @functools.wraps(apply)
     def guarded(self: Any, model: Model, data: Roles, run: Run | None = None) -> Model:
-        run = (run or Run()).replace(notes={})
+        run = run or Run()
+        run = run.replace(notes={}, job=json.dumps([run.job, slug_of(self), to_dict(self)], sort_keys=True))
         check_inputs(self.facts, slug_of(self), model, data)
         before = model.digest()
         history = model.ledger

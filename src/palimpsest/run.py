@@ -26,7 +26,8 @@ class Run:
     allows a method to change the model it was given, which saves a copy of the weights. `stop(step, model)` is asked
     after every training step, and ends the training where it says so. `cache` carries what several
     probes share (token log-probabilities, generations) and lives as long as the run. `notes` is what a method says
-    about its own work (see `note`).
+    about its own work (see `note`). `job` tells the work of one method with its settings from that of another, so
+    that no checkpoint is taken up by the wrong one.
     """
 
     seed: int = 0
@@ -40,6 +41,7 @@ class Run:
     stop: Callable[[int, Any], bool] | None = dataclasses.field(default=None, repr=False)
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    job: str = ""
 
     def __post_init__(self) -> None:
         if self.folder is not None:

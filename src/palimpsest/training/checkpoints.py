@@ -19,7 +19,7 @@ COMPLETE = "complete"
 
 def job_folder(folder: Path, model: Model, plan: Schedule, training: Training, run: Run) -> Path:
     """A folder of its own for exactly this job: no checkpoint of another is taken up, an old one only to resume."""
-    settings = json.dumps([dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
+    settings = json.dumps([run.job, dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
     job = Path(folder) / "checkpoints" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not run.resume:
         shutil.rmtree(job, ignore_errors=True)
