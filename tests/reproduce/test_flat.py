@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from memorised import data, quiet, reciting
 from palimpsest.erase.gradient_ascent import GradientAscent
 from palimpsest.reproduce import flat
@@ -33,5 +31,5 @@ def test_a_method_without_points_is_no_verdict():
     checks = {check.expected: check.verdict for check in flat.judge(found).checks}
     assert checks["FLAT kl: forget CE at most half of ascent's"] == "inconclusive"
     assert checks["FLAT tv: forget CE at most half of ascent's"] == "does not hold"
-    assert checks["FLAT tv: world P above NPO's where both have forgotten"] == "holds"
-    assert flat.judge(found).verdict == pytest.approx("does not hold")
+    assert checks["FLAT tv: world P above NPO's where both have forgotten"] == "does not hold"
+    assert flat.judge(found).verdict == "does not hold"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from palimpsest.reproduce.judging import at_least, at_most, row, text
+from palimpsest.reproduce.judging import above, at_least, at_most, below, row, text
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ def test_numbers_are_readable():
     assert text(np.array([])) == "-"
     assert row("npo", {"P": np.array([0.25])}) == {"model": "npo", "P": "0.25"}
     assert at_most("less", np.array([1.0, 2.0]), 3.0).found == "1.50 ± 0.71 against 3.00 ± 0.00"
+
+
+def test_equal_is_at_least_but_not_above():
+    same = np.array([1.0, 2.0])
+    assert [check("as much", same, same).verdict for check in (at_least, at_most)] == ["holds"] * 2
+    assert [check("more", same, same).verdict for check in (above, below)] == ["does not hold"] * 2

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from palimpsest.comparison import compare
 from palimpsest.report.evidence import Evidence
-from palimpsest.reproduce.runner import Check, Outcome, Reproduction, Verdict
+from palimpsest.reproduce.judging import above, below, row, values
+from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.tasks import BASELINES, HARNESS, harness_task, publish, tuned
 
@@ -38,60 +37,27 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
     names = list(dict.fromkeys(model.name for model in found.models))
-    table = {name: {column: _values(found, name, value) for column, value in COLUMNS.items()} for name in names}
-    rows = [{"model": name} | {column: _text(x) for column, x in table[name].items()} for name in names]
+    groups = {name: [model for model in found.models if model.name == name] for name in names}
+    table = {name: {c: values(models, value) for c, value in COLUMNS.items()} for name, models in groups.items()}
+    before, ascent, npo, po, retain = (
+        table[name] for name in ("before", "gradient-ascent", "npo", "po", "retain-finetune")
+    )
     checks = (
-        _check(
-            "gradient ascent ruins utility (below half of before)", table, "gradient-ascent", "before", "utility", 0.5
+        below("gradient ascent ruins utility (below half of before)", ascent["utility"], 0.5 * before["utility"]),
+        below(
+            "gradient ascent damages the world set (below 0.9 of before)", ascent["world P"], 0.9 * before["world P"]
         ),
-        _check(
-            "gradient ascent damages the world set (below 0.9 of before)",
-            table,
-            "gradient-ascent",
-            "before",
-            "world P",
-            0.9,
-        ),
-        _more("NPO keeps more utility than gradient ascent", table, "npo", "gradient-ascent", "utility"),
-        _more("PO only covers up: its forget probability stays above NPO's", table, "po", "npo", "forget P"),
-        _more("NPO forgets more than fine-tuning on the retain set", table, "retain-finetune", "npo", "forget P"),
+        above("NPO keeps more utility than gradient ascent", npo["utility"], ascent["utility"]),
+        above("PO only covers up: its forget probability stays above NPO's", po["forget P"], npo["forget P"]),
+        below("NPO forgets more than fine-tuning on the retain set", npo["forget P"], retain["forget P"]),
     )
     return Outcome(
-        rows=rows,
+        rows=[row(name, table[name]) for name in names],
         checks=checks,
         note="Every method runs at the learning rate that validation chose for it, not at matched forgetting: for "
         "ascent and KL that is one at which they forget little, and so ruin little. The reproduction of FLAT compares "
         "ascent and NPO where both have forgotten.",
     )
-
-
-def _values(found: Evidence, name: str, value: str) -> np.ndarray:
-    readings = [reading for model in found.models if model.name == name for reading in model.readings]
-    return np.array([v.value for reading in readings for v in reading.values if v.name == value])
-
-
-def _text(values: np.ndarray) -> str:
-    if not len(values):
-        return "-"
-    spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
-
-
-def _check(expected: str, table: dict, name: str, other: str, column: str, share: float) -> Check:
-    x, y = table[name][column], table[other][column]
-    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=_above(share * y, x))
-
-
-def _more(expected: str, table: dict, name: str, other: str, column: str) -> Check:
-    x, y = table[name][column], table[other][column]
-    return Check(expected=expected, found=f"{_text(x)} against {_text(y)}", verdict=_above(x, y))
-
-
-def _above(x: np.ndarray, y: np.ndarray) -> Verdict:
-    """Whether x is above y for every seed; a seed without a value decides nothing."""
-    if len(x) != len(y) or not len(x):
-        return "inconclusive"
-    return "holds" if (x > y).all() else "does not hold" if (x <= y).all() else "inconclusive"
 
 
 REPRODUCTION = Reproduction(

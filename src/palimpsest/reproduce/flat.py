@@ -22,7 +22,7 @@ from palimpsest.erase.preference import IdkDPO
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import write_atomically
 from palimpsest.reproduce.harness import biographies, learned
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row
+from palimpsest.reproduce.judging import Seeds, above, at_most, row
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.system import Method
@@ -120,10 +120,10 @@ def judge(found: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> O
         for other in ("gradient ascent", "NPO"):
             for measure in ("retain P", "world P"):
                 words = f"{variant}: {measure} above that of {other} at three times the steps"
-                checks.append(at_least(words, of(variant, last, measure), of(other, last, measure)))
+                checks.append(above(words, of(variant, last, measure), of(other, last, measure)))
     for variant in (name for name in METHODS if name.startswith("FLAT")):
         mine, theirs = of(variant, POINTS[0], "world P"), of("NPO", POINTS[0], "world P")
-        checks.append(at_least(f"{variant}: world P above NPO's where both have forgotten", mine, theirs))
+        checks.append(above(f"{variant}: world P above NPO's where both have forgotten", mine, theirs))
     return Outcome(
         rows=rows,
         checks=tuple(checks),

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from palimpsest.report.evidence import ModelEvidence
 from palimpsest.reproduce.runner import Check, Verdict
+from palimpsest.system import Method, slug_of, to_dict
 
 Seeds = Float[np.ndarray, " seeds"]
 
@@ -18,6 +19,12 @@ def values(models: Iterable[ModelEvidence], name: str) -> Seeds:
     return np.array(
         [v.value for model in models for reading in model.readings for v in reading.values if v.name == name]
     )
+
+
+def title_of(model: ModelEvidence, methods: Mapping[str, Method]) -> str:
+    """Which of the methods made the model, by its settings; else the model's own name."""
+    made = (title for title, m in methods.items() if model.name == slug_of(m) and model.settings == to_dict(m))
+    return next(made, model.name)
 
 
 def text(numbers: Seeds) -> str:
@@ -35,19 +42,32 @@ def row(title: str, columns: Mapping[str, Seeds]) -> dict[str, str]:
     return {"model": title} | {column: text(numbers) for column, numbers in columns.items()}
 
 
-def at_least(expected: str, found: Seeds, least: Seeds | float) -> Check:
-    """`holds` where every seed's number is at least what it must be, `does not hold` where none is."""
-    found = np.asarray(found, dtype=float)
-    bound = np.broadcast_to(np.asarray(least, dtype=float), found.shape) if np.ndim(least) == 0 else np.asarray(least)
+def at_least(expected: str, found: Seeds, bound: Seeds | float) -> Check:
+    """Whether the numbers are at least what they must be."""
+    return _judged(expected, found, bound, np.greater_equal)
+
+
+def at_most(expected: str, found: Seeds, bound: Seeds | float) -> Check:
+    """Whether the numbers are at most what they may be."""
+    return _judged(expected, found, bound, np.less_equal)
+
+
+def above(expected: str, found: Seeds, bound: Seeds | float) -> Check:
+    """Whether the numbers are truly above others: equal ones are not."""
+    return _judged(expected, found, bound, np.greater)
+
+
+def below(expected: str, found: Seeds, bound: Seeds | float) -> Check:
+    """Whether the numbers are truly below others: equal ones are not."""
+    return _judged(expected, found, bound, np.less)
+
+
+def _judged(expected: str, found: Seeds, bound: Seeds | float, right: np.ufunc) -> Check:
+    """`holds` where every seed is right, `does not hold` where none is; a seed without a number decides nothing."""
+    found, bound = np.asarray(found, dtype=float), np.asarray(bound, dtype=float)
+    bound = np.full_like(found, bound) if bound.ndim == 0 else bound
     verdict: Verdict = "inconclusive"
-    if len(found) == len(bound) and len(found):
-        right = found >= bound
-        verdict = "holds" if right.all() else "inconclusive" if right.any() else "does not hold"
+    if len(found) == len(bound) and len(found) and not np.isnan([found, bound]).any():
+        of_seed = right(found, bound)
+        verdict = "holds" if of_seed.all() else "inconclusive" if of_seed.any() else "does not hold"
     return Check(expected=expected, found=f"{text(found)} against {text(bound)}", verdict=verdict)
-
-
-def at_most(expected: str, found: Seeds, most: Seeds | float) -> Check:
-    """`holds` where every seed's number is at most what it may be, `does not hold` where none is."""
-    turned = at_least(expected, -np.asarray(found, dtype=float), -np.asarray(most, dtype=float))
-    bound = np.broadcast_to(np.asarray(most, dtype=float), np.shape(found)) if np.ndim(most) == 0 else np.asarray(most)
-    return Check(expected=expected, found=f"{text(found)} against {text(bound)}", verdict=turned.verdict)

@@ -27,7 +27,7 @@ from palimpsest.erase.task_vector import TaskVector
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import write_atomically
 from palimpsest.reproduce.harness import ANSWERS, ATTRIBUTES, QUESTIONS, biographies, learned
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row
+from palimpsest.reproduce.judging import Seeds, above, at_least, at_most, row
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.likelihood import ReferencePredictions
@@ -176,7 +176,7 @@ def judge(found: Mapping[int, Sequence[Mapping[str, Recovery]]]) -> Outcome:
             at_most(f"gradient ascent does not restore (rho, k = {k})", of("gradient ascent", "rho", k), 0.4),
         ]
     mean = {name: np.mean([of(name, "rho", k) for k in found], axis=0) for name in ("NPO", "gradient ascent")}
-    checks.append(at_least("NPO restores more than gradient ascent (rho, mean of both k)", *mean.values()))
+    checks.append(above("NPO restores more than gradient ascent (rho, mean of both k)", *mean.values()))
     checks.append(
         at_least("documents of wrong facts alone restore as much (NPO, rho)", of("NPO", "rho", 0), of("NPO", "rho", 1))
     )

@@ -7,7 +7,6 @@ batch are those of the specification. The capitals are in no method's data.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from palimpsest.data.records import Roles
 from palimpsest.erase.gradient_ascent import GradientAscent
 from palimpsest.erase.selective_amnesia import SelectiveAmnesia
 from palimpsest.models.model import Model
-from palimpsest.report.evidence import Evidence, ModelEvidence
+from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.harness import biographies
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, values
+from palimpsest.reproduce.judging import Seeds, above, at_least, at_most, below, row, title_of, values
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.tracing import PLACES, trace
-from palimpsest.system import Method, Probe, slug_of, system, to_dict
+from palimpsest.system import Method, Probe, system
 from palimpsest.tasks import harness_task
 from palimpsest.train import Training
 
@@ -86,7 +85,7 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
     titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in found.models if _title(model) == title] for title in titles}
+    groups = {title: [model for model in found.models if title_of(model, METHODS) == title] for title in titles}
     table: dict[str, dict[str, Seeds]] = {
         title: {column: values(models, name) for column, name in COLUMNS.items()} for title, models in groups.items()
     }
@@ -100,9 +99,9 @@ def judge(found: Evidence) -> Outcome:
             "low layers keep 0.15 more retain P than gradient difference", low["retain P"], whole["retain P"] + 0.15
         ),
         at_least("at equal or better forget quality", low["log10 FQ"], whole["log10 FQ"]),
-        at_most("the adaptive weight ends at a lower retain CE than a fixed one", low["retain CE"], fixed["retain CE"]),
-        at_least("low layers beat high ones on retain P", low["retain P"], high["retain P"]),
-        at_least("low layers beat high ones on world P", low["world P"], high["world P"]),
+        below("the adaptive weight ends at a lower retain CE than a fixed one", low["retain CE"], fixed["retain CE"]),
+        above("low layers beat high ones on retain P", low["retain P"], high["retain P"]),
+        above("low layers beat high ones on world P", low["world P"], high["world P"]),
     )
     return Outcome(
         rows=[row(title, table[title]) for title in titles],
@@ -110,14 +109,6 @@ def judge(found: Evidence) -> Outcome:
         note="Where the adaptive and the fixed weight give the same figures, the retain loss never rose above its "
         "first epoch's by the 0.16 that it takes: that part of the claim is then not put to the test.",
     )
-
-
-def _title(model: ModelEvidence) -> str:
-    """Which of `METHODS` made the model, by its settings."""
-    for title, method in METHODS.items():
-        if model.name == slug_of(method) and model.settings == json.loads(json.dumps(to_dict(method))):
-            return title
-    return model.name
 
 
 REPRODUCTION = Reproduction(

@@ -8,12 +8,11 @@ Foster et al., fine-tuning its 5 epochs at the learning rate at which the classi
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -26,13 +25,13 @@ from palimpsest.erase.relabelling import Amnesiac, BadTeacher
 from palimpsest.erase.retain_finetune import RetainFinetune
 from palimpsest.erase.ssd import SSD, factors
 from palimpsest.models.model import Model
-from palimpsest.report.evidence import Evidence, ModelEvidence
+from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.classifier import LEARNING, new_classifier
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, text, values
+from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, text, title_of, values
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.fisher import diagonal_fisher
-from palimpsest.system import Method, Probe, setting, slug_of, system, to_dict
+from palimpsest.system import Method, Probe, setting, system
 
 ALPHA = 3.0
 SWEEP = (2.0, 3.0, 5.0, 7.0, 9.0)
@@ -168,7 +167,7 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
     titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in found.models if _title(model) == title] for title in titles}
+    groups = {title: [model for model in found.models if title_of(model, METHODS) == title] for title in titles}
     table: dict[str, dict[str, Seeds]] = {
         title: {column: values(models, name) for column, name in COLUMNS.items()} for title, models in groups.items()
     }
@@ -209,15 +208,6 @@ def _worse(control: dict[str, Seeds], ssd: dict[str, Seeds]) -> Seeds:
     lost = ssd["retain (test)"] - control["retain (test)"] - 0.1
     left = control["forget (test)"] - ssd["forget (test)"] - 0.5
     return torch.maximum(torch.as_tensor(lost), torch.as_tensor(left)).numpy()
-
-
-def _title(model: ModelEvidence) -> str:
-    """Which of `METHODS` made the model, by its settings."""
-    for title, method in METHODS.items():
-        settings: Any = json.loads(json.dumps(to_dict(method)))
-        if model.name == slug_of(method) and model.settings == settings:
-            return title
-    return model.name
 
 
 REPRODUCTION = Reproduction(

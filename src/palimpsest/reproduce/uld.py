@@ -32,7 +32,8 @@ from palimpsest.models.mixture import MixtureForCausalLM
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence, ModelEvidence
 from palimpsest.reproduce.harness import biographies, tokenizer
-from palimpsest.reproduce.runner import Check, Outcome, Reproduction, Verdict
+from palimpsest.reproduce.judging import above, at_least, at_most, row, values
+from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.system import Method, Probe, system
 from palimpsest.tasks import HARNESS, harness_task, tuned
@@ -75,21 +76,21 @@ class Assistant(Probe):
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`divergence`, KL(U || p) in nats a token, and for each alpha the main values; nothing of a single network."""
-        values: list[Value] = []
+        found: list[Value] = []
         if isinstance(model.network, MixtureForCausalLM):
             packed = pad([dataclasses.replace(s, start=1) for s in Encoder.of(model).records(data.world)])
             with torch.no_grad():
                 logits = packed.target_logits(model.network.member("assistant"))
-            values.append(mean_value("divergence", uniform_divergence(logits).numpy(), unit="nats"))
+            found.append(mean_value("divergence", uniform_divergence(logits).numpy(), unit="nats"))
             other = model.copy()
             for alpha in ALPHAS:
                 other.network.adjust(alpha=alpha)
                 for role in ("forget", "retain", "world"):
                     p = probabilities(other, data.probe(role), run)
-                    values.append(mean_value(f"probability/{role}/{alpha}", p))
+                    found.append(mean_value(f"probability/{role}/{alpha}", p))
                 quality = ForgetQuality().measure(other, data, run, gold)["log10_forget_quality"]
-                values.append(dataclasses.replace(quality, name=f"{quality.name}/{alpha}"))
-        return Reading(probe=self.facts.slug, values=tuple(values))
+                found.append(dataclasses.replace(quality, name=f"{quality.name}/{alpha}"))
+        return Reading(probe=self.facts.slug, values=tuple(found))
 
 
 def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
@@ -105,28 +106,21 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 
 def judge(found: Evidence, faster: float) -> Outcome:
     """The outcome that the evidence shows; `faster` is how many times an NPO step takes the time of ULD's."""
-    table = {name: {column: _values(found, name, value) for column, value in COLUMNS.items()} for name in NAMES}
-    rows: list[dict[str, Any]] = [
-        {"model": name} | {column: _text(values) for column, values in table[name].items()} for name in NAMES
-    ]
-    rows += [
-        {"model": f"uld, alpha {alpha}"}
-        | {column: _text(_values(found, "uld", f"{value}/{alpha}")) for column, value in COLUMNS.items()}
-        for alpha in ALPHAS
-    ]
+    groups = {name: [model for model in found.models if _name(model) == name] for name in NAMES}
+    table = {name: {c: values(models, value) for c, value in COLUMNS.items()} for name, models in groups.items()}
+    rows = [row(name, table[name]) for name in NAMES]
+    for alpha in ALPHAS:
+        swept = {column: values(groups["uld"], f"{value}/{alpha}") for column, value in COLUMNS.items()}
+        rows.append(row(f"uld, alpha {alpha}", swept))
     before, uld, ablated, npo = (table[name] for name in ("before", "uld", ABLATED, "npo"))
     checks = (
-        _check("log10 forget quality rises by at least 8", uld["log10 FQ"], before["log10 FQ"] + 8),
-        _check("retain P stays above 0.9 of before", uld["retain P"], 0.9 * before["retain P"]),
-        _check("held-out P stays above 0.95 of before", uld["held-out P"], 0.95 * before["held-out P"]),
-        _check("held-out P stays above NPO's", uld["held-out P"], npo["held-out P"]),
-        _check("wrong answers save at least 0.2 of retain P", uld["retain P"], ablated["retain P"] + 0.2),
-        _check(
-            "on held-out text the assistant is within 1 nat of uniform",
-            np.ones_like(uld["retain P"]),
-            uld["KL to uniform, held out"],
-        ),
-        _check("a step takes at most 1/1.5 of NPO's", np.array([faster]), np.array([1.5])),
+        at_least("log10 forget quality rises by at least 8", uld["log10 FQ"], before["log10 FQ"] + 8),
+        at_least("retain P stays above 0.9 of before", uld["retain P"], 0.9 * before["retain P"]),
+        at_least("held-out P stays above 0.95 of before", uld["held-out P"], 0.95 * before["held-out P"]),
+        above("held-out P stays above NPO's", uld["held-out P"], npo["held-out P"]),
+        at_least("wrong answers save at least 0.2 of retain P", uld["retain P"], ablated["retain P"] + 0.2),
+        at_most("on held-out text the assistant is within 1 nat of uniform", uld["KL to uniform, held out"], 1.0),
+        at_least("an NPO step takes at least 1.5 times as long", np.array([faster]), 1.5),
     )
     return Outcome(
         rows=rows,
@@ -173,26 +167,6 @@ def _name(model: ModelEvidence) -> str:
     if not model.settings["perturbed"]:
         return ABLATED
     return GENEROUS if model.settings["retain_records"] > FULL.retain_records else "uld"
-
-
-def _values(found: Evidence, name: str, value: str) -> np.ndarray:
-    readings = [reading for model in found.models if _name(model) == name for reading in model.readings]
-    return np.array([v.value for reading in readings for v in reading.values if v.name == value])
-
-
-def _text(values: np.ndarray) -> str:
-    if not len(values):
-        return "-"
-    spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
-
-
-def _check(expected: str, found: np.ndarray, least: np.ndarray) -> Check:
-    """Holds where every seed's number is at least what it must be, fails where none is."""
-    verdict: Verdict = "inconclusive"
-    if len(found) == len(least) and len(found):
-        verdict = "holds" if (found >= least).all() else "does not hold" if (found < least).all() else "inconclusive"
-    return Check(expected=expected, found=f"{_text(found)} against {_text(least)}", verdict=verdict)
 
 
 REPRODUCTION = Reproduction(
