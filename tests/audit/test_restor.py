@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from palimpsest.write.finetune import Finetune
 
 FACTS = corrupted(data().retain)
 UNTOUCHED = data().forget
-pytestmark = pytest.mark.filterwarnings("ignore:only .* facts are known")
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +48,15 @@ def test_a_model_that_stayed_corrupted_has_zero_and_a_restored_one_has_one(state
 def test_facts_that_no_model_changes_do_not_count(states):
     """Facts that the clean model does not know are left out."""
     unknown = [dataclasses.replace(fact, answer="a road runs from the sea .") for fact in FACTS[:3]]
-    with_more = recovery(states, [*FACTS, *unknown], quiet())
-    assert with_more["corrupted"] == dataclasses.replace(
-        recovery(states, FACTS, quiet())["corrupted"], collateral=with_more["corrupted"].collateral
-    ) or math.isnan(with_more["corrupted"].collateral)
+    with_more = recovery(states, [*FACTS, *unknown], quiet(), untouched=UNTOUCHED)
+    assert with_more == recovery(states, FACTS, quiet(), untouched=UNTOUCHED)
     assert with_more["corrupted"].facts == len(FACTS)
 
 
 def test_the_object_is_what_the_question_and_the_alternatives_do_not_say():
     fact = people()[0]
-    assert (
-        object_words(fact.answer, fact.prompt) == ["in", "lyon"] or object_words(fact.answer, fact.prompt)[-1] == "lyon"
-    )
+    assert object_words(fact.answer, fact.prompt) == ["in", "lyon"]
+    assert object_words(fact.answer, fact.prompt, [answer for answer in fact.wrong if "born" in answer]) == ["lyon"]
     assert matches("He was born in Lyon !", fact, fact.answer)
     assert not matches("He was born in Lagos .", fact, fact.answer)
     assert matches("He was born in Lagos .", fact, next(w for w in fact.wrong if "Lagos" in w))
@@ -110,8 +105,9 @@ def test_nothing_known_and_nothing_given(states):
 
 
 def test_few_facts_are_said(states):
-    with pytest.warns(UserWarning, match="only 8 of 8 facts are known"):
-        recovery(states, FACTS, quiet())
+    run = quiet()
+    recovery(states, FACTS, run)
+    assert "only 8 of 8 facts are known" in run.notes["warnings"][0]
 
 
 def test_different_tokenizers_are_refused(states, tokenizer):

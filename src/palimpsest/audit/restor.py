@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -195,10 +194,7 @@ def recovery(
     }
     known = found["clean"].right
     if known.sum() < FEW:
-        warnings.warn(
-            f"only {int(known.sum())} of {len(facts)} facts are known to the clean model; the scores are rough.",
-            stacklevel=2,
-        )
+        run.warn(f"only {int(known.sum())} of {len(facts)} facts are known to the clean model; the scores are rough.")
     if not known.any():
         raise PalimpsestError(f"the clean model knows none of the {len(facts)} facts: there is nothing to recover.")
     order = np.argsort(found["clean"].log_prob["correct"][known], kind="stable")

@@ -29,7 +29,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -193,9 +192,8 @@ class ULD(Method):
                 "above 0."
             )
         if not kept:
-            warnings.warn(
+            run.warn(
                 "uld has no retain set: the assistant learns to know nothing from wrong answers alone, and may not be "
-                "flat on anything else.",
-                stacklevel=4,
+                "flat on anything else."
             )
         return [*forget, *worded], [*kept, *wrong]
