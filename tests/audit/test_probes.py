@@ -102,7 +102,7 @@ def test_every_n_is_the_number_of_records():
     assert found["auc/min-k"].n == 4
     assert found["forget_quality"].n == 4
     assert found["perplexity/general"].n == len(given["general"])
-    assert found["robustness"].n == 3
+    assert audits()["gold"]["robustness"].n == 3
 
 
 def test_the_means_are_those_of_the_arrays():
@@ -290,6 +290,12 @@ def test_gold_is_as_robust_as_gold():
     reference = gold()
     assert relearning(reference, reference)["robustness"].value == 1
     assert relearning(reference.copy(), reference)["robustness"].value == 1
+
+
+def test_a_model_that_has_not_forgotten_has_nothing_to_relearn_and_is_not_called_robust():
+    reading = relearning(reciting(), gold())
+    assert [value.name for value in reading.values] == ["relearned/forget"]
+    assert "nothing to relearn" in reading.caveats[0]
 
 
 def test_the_curve_starts_before_the_attack_and_is_measured_at_its_end():

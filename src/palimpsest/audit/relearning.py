@@ -2,7 +2,8 @@
 
 Suppressed knowledge returns in a few steps; knowledge that is gone is learned as slowly as by a model that never had
 it. The erased model and gold are fine-tuned identically on a part of the forget set and measured on the rest of it, so
-that what counts is what comes back by itself, not what is taught again.
+that what counts is what comes back by itself, not what is taught again. A model that knows clearly more before the
+attack than gold ever does in it has not forgotten: it has nothing to relearn, and no robustness is given.
 
 Source: OpenUnlearning (Dorna et al. 2025, arXiv 2506.12618), robustness as defined there; the card's definition was
 recalled, the symbols are ours.
@@ -24,6 +25,9 @@ from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.system import Probe, setting, system
 from palimpsest.train import Training, schedule, train
+
+MARGIN = 0.1
+"""How much more than gold ever does a model must know before the attack to count as not having forgotten."""
 
 
 def robustness(gain_gold: float, gain: float) -> float:
@@ -68,6 +72,15 @@ class Relearning(Probe):
         steps, own = self._curve(model, teach, rest, run)
         _, of_gold = self._curve(gold, teach, rest, run) if gold is not model else (steps, own)
 
+        relearned = mean_value("relearned/forget", own[-1], better="gold", seed=run.seed)
+        arrays = {
+            "steps": steps,
+            "probability": own.mean(1).tolist(),
+            "probability_gold": of_gold.mean(1).tolist(),
+        }
+        if own[0].mean() > of_gold.mean(1).max() + MARGIN:
+            known = "the model knows the forget records better than gold does after the attack: nothing to relearn"
+            return Reading(probe=self.facts.slug, values=(relearned,), arrays=arrays, caveats=(known,))
         gains = np.stack([own[-1] - own[0], of_gold[-1] - of_gold[0]])
         rows = np.random.default_rng(run.seed).integers(0, len(rest), size=(1000, len(rest)))
         resampled = [robustness(theirs, mine) for mine, theirs in gains[:, rows].mean(-1).T.tolist()]
@@ -77,13 +90,9 @@ class Relearning(Probe):
             probe=self.facts.slug,
             values=(
                 Value(name="robustness", value=r, n=len(rest), low=low, high=high, better="higher"),
-                mean_value("relearned/forget", own[-1], better="gold", seed=run.seed),
+                relearned,
             ),
-            arrays={
-                "steps": steps,
-                "probability": own.mean(1).tolist(),
-                "probability_gold": of_gold.mean(1).tolist(),
-            },
+            arrays=arrays,
         )
 
     def _curve(
