@@ -124,9 +124,13 @@ class _Matrix:
         sizes = (len(factors.gradients), len(factors.inputs))
         if sizes != tuple(w.shape):
             raise PalimpsestError(f"{name} is a matrix {tuple(w.shape)}, but its factors are for {sizes}.")
-        ones = torch.ones(sizes[0 if sides == "inputs" else 1], dtype=w.dtype, device=w.device)
-        self.mu, self.v = (ones, None) if sides == "gradients" else eigenbasis(factors.inputs.to(w))
-        self.lam, self.u = (ones, None) if sides == "inputs" else eigenbasis(factors.gradients.to(w))
+        self.lam, self.mu = (torch.ones(size, dtype=w.dtype, device=w.device) for size in sizes)
+        self.v: Tensor | None = None
+        self.u: Tensor | None = None
+        if sides != "gradients":
+            self.mu, self.v = eigenbasis(factors.inputs.to(w))
+        if sides != "inputs":
+            self.lam, self.u = eigenbasis(factors.gradients.to(w))
         rotated = w if self.u is None else self.u.mT @ w
         self.rotated = rotated if self.v is None else rotated @ self.v
 

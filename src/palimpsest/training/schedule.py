@@ -35,11 +35,15 @@ Drawn = Callable[[int, np.random.Generator], Encoded | Labelled]
 
 @dataclasses.dataclass(frozen=True)
 class Micro:
-    """One micro-batch: for each role the positions of its sequences in `Schedule.sequences`."""
+    """One micro-batch: for each role the positions of its sequences in `Schedule.sequences`.
+
+    `even` is how many sequences of the role it would hold, were those of the step spread evenly.
+    """
 
     rows: Mapping[str, tuple[int, ...]]
     share: float
     tokens_per_example: Mapping[str, float]
+    even: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +155,13 @@ def _encoder(model: Model, training: Training, run: Run) -> Callable[[Any], list
 def _cut(step: list[dict[str, int]], micros: int, lists: Mapping[str, list[Any]]) -> tuple[Micro, ...]:
     names = list(dict.fromkeys(name for row in step for name in row))
     tokens = {name: sum(len(lists[name][row[name]].targets) for row in step if name in row) for name in names}
+    count = {name: sum(name in row for row in step) for name in names}
     parts = []
     for cut in np.array_split(np.arange(len(step)), micros):
         rows = {name: tuple(step[i][name] for i in cut if name in step[i]) for name in names}
         rows = {name: places for name, places in rows.items() if places}
         # so that a sum over targets, divided by this and the rows, and weighed by the share, is a mean over the step
         mean = {name: tokens[name] / len(step) * len(cut) / len(places) for name, places in rows.items()}
-        parts.append(Micro(rows, len(cut) / len(step), mean))
+        share = len(cut) / len(step)
+        parts.append(Micro(rows, share, mean, {name: count[name] * share for name in rows}))
     return tuple(parts)

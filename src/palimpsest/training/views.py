@@ -30,6 +30,7 @@ class View:
     targets: Int[Tensor, " targets"]
     owner: Int[Tensor, " targets"]
     tokens_per_example: float
+    even: float
     place: int
     forward: _Tokens | _Examples
 
@@ -70,6 +71,10 @@ class View:
     def mean_tokens(self, values: Float[Tensor, " targets"]) -> Float[Tensor, ""]:
         """This micro-batch's part of the mean over all targets of the step."""
         return values.sum() / (self.tokens_per_example * len(self.index))
+
+    def mean_examples(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """This micro-batch's part of the mean over all sequences of the role in the step."""
+        return values.sum() / self.even
 
     @cached_property
     def hidden(self) -> Float[Tensor, "targets width"]:
@@ -158,9 +163,7 @@ def batch_of(
     if arrange is None:
         return Batch(
             {
-                role: _of_examples(
-                    index[role], _Examples(network, chosen[role], watch, device), micro.tokens_per_example[role]
-                )
+                role: _of_examples(index[role], _Examples(network, chosen[role], watch, device), micro, role)
                 for role in chosen
             }
         )
@@ -175,6 +178,7 @@ def batch_of(
             targets=packed.targets[start:end],
             owner=packed.owner[start:end] - first,
             tokens_per_example=micro.tokens_per_example[role],
+            even=micro.even[role],
             place=place,
             forward=forward,
         )
@@ -182,7 +186,13 @@ def batch_of(
     return Batch(views)
 
 
-def _of_examples(index: Int[Tensor, " batch"], forward: _Examples, weight: float) -> View:
-    labels = torch.tensor([example.label for example in forward.examples], device=index.device)
-    owner = torch.arange(len(index), device=index.device)
-    return View(index=index, targets=labels, owner=owner, tokens_per_example=weight, place=0, forward=forward)
+def _of_examples(index: Int[Tensor, " batch"], forward: _Examples, micro: Micro, role: str) -> View:
+    return View(
+        index=index,
+        targets=torch.tensor([example.label for example in forward.examples], device=index.device),
+        owner=torch.arange(len(index), device=index.device),
+        tokens_per_example=micro.tokens_per_example[role],
+        even=micro.even[role],
+        place=0,
+        forward=forward,
+    )
