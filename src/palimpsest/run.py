@@ -24,7 +24,8 @@ class Run:
 
     `folder` holds checkpoints of long work; with `resume`, work that was killed goes on from its last one. `in_place`
     allows a method to change the model it was given, which saves a copy of the weights. `stop(step, model)` is asked
-    after every training step, and ends the training where it says so. `cache` carries what several
+    after every training step, and ends the training where it says so; `penalty(batch)` is added to whatever a method
+    minimises (a method that works through another one sets it). `cache` carries what several
     probes share (token log-probabilities, generations) and lives as long as the run. `notes` is what a method says
     about its own work (see `note`). `job` tells the work of one method with its settings from that of another, so
     that no checkpoint is taken up by the wrong one.
@@ -39,6 +40,7 @@ class Run:
     in_place: bool = False
     checkpoint_seconds: float = 120.0
     stop: Callable[[int, Any], bool] | None = dataclasses.field(default=None, repr=False)
+    penalty: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     job: str = ""

@@ -95,6 +95,7 @@ def train(
         loop = _Loop(
             plan,
             objective,
+            run.penalty,
             watch,
             mode,
             model=learner,
@@ -148,9 +149,18 @@ class _Loop(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, plan: Schedule, objective: Objective, watch: str | None, mode: Mode, **keywords: Any) -> None:
+    def __init__(
+        self,
+        plan: Schedule,
+        objective: Objective,
+        penalty: Objective | None,
+        watch: str | None,
+        mode: Mode,
+        **keywords: Any,
+    ) -> None:
         self.plan = plan
         self.objective: Objective = objective
+        self.penalty: Objective | None = penalty
         self.watch = watch
         self.micros = [micro for step in plan.steps for micro in step]
         self.arrange = None if plan.classifies else packer(keywords["model"])
@@ -179,7 +189,9 @@ class _Loop(Trainer):
         if self.mode == "eval":
             model.eval()  # the trainer says train() before every micro-batch
         micro = self.micros[int(inputs["micro"])]
-        loss = self.objective(batch_of(model, self.plan, micro, self.arrange, self.watch, self.args.device))
+        batch = batch_of(model, self.plan, micro, self.arrange, self.watch, self.args.device)
+        loss = self.objective(batch)
+        loss = loss if self.penalty is None else loss + self.penalty(batch)
         if not torch.isfinite(loss):
             raise _diverged("loss", float(loss.detach()), self.state.global_step + 1, self.args)
         # gradients are averaged over processes; the shares already add up to one over all of them

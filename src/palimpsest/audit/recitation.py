@@ -137,5 +137,6 @@ def agreement(model: Model, reference: Model, records: Sequence[Record], run: Ru
     found = []
     for group in run.track(list(rows(sequences, ROW_TOKENS)), "comparing rankings"):
         packed = arranged([sequences[i] for i in group]).to(model.device)
-        found.append(ranking_gain(*(packed.target_logits(m.network.eval()) for m in (model, reference)), k))
+        own, other = (packed.target_logits(m.network.eval()) for m in (model, reference))
+        found.append(ranking_gain(own, other, k))
     return float(torch.cat(found).mean())

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -223,7 +224,7 @@ class Anatomy:
 
     def _part(self, place: Place, **more: Any) -> Part:
         below = [p for p in self._places.values() if f"{p.name}.".startswith(f"{place.name}.")]
-        full = [f"{p.core_path}.{n}" for p in below for n, _ in p.core.named_parameters(recurse=False)]
+        full = [f"{p.core_path}.{n}" for p in below for n in _own_parameters(p.core)]
         fields = {"layer": self._layer(place.name), "parameters": tuple(n[len(place.path) + 1 :] for n in full), **more}
         return Part(name=place.name, path=place.path, module=place.module, **fields)
 
@@ -236,13 +237,18 @@ class Anatomy:
         else:
             whole = self._part(place)
             names = tuple(n for n in whole.parameters if not parameter or n.startswith(parameter))
-            for number in range(len(whole.module.get_parameter(names[0]))):
+            for number in range(len(attrgetter(names[0])(whole.module))):
                 yield self._part(place, parameters=names, expert=number, fused=fused)
 
 
 def anatomy(network: nn.Module) -> Anatomy:
     """The anatomy of a network, bare or wrapped by peft."""
     return Anatomy(network)
+
+
+def _own_parameters(module: Any) -> list[str]:
+    """Names of the module's own parameters; those that torch has parametrised are known by their first name."""
+    return [*(name for name, _ in module.named_parameters(recurse=False)), *getattr(module, "parametrizations", ())]
 
 
 def _matches(count: int) -> str:

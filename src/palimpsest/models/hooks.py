@@ -213,4 +213,6 @@ def _walk(module: Any, name: str, path: str) -> Iterator[Place]:
         core_path = f"{path}.modules_to_save.{key}"
     yield Place(name, path, module, core, core_path)
     for child, inner in core.named_children():
+        if child == "parametrizations":  # how torch makes a weight out of others; no place in the network
+            continue
         yield from _walk(inner, f"{name}.{child}".lstrip("."), f"{core_path}.{child}".lstrip("."))

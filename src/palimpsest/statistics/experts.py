@@ -5,6 +5,7 @@
     affinity  mean over records of the mean over a record's tokens of g_t
     share     the same of s_t
     chosen    how often each expert was among the chosen, over all tokens
+    overlap   mean over layers and tokens of the share of experts that two models both choose
 
 Padding does not count. Source of the affinity: Zhuang et al. 2025 (arXiv 2411.18797), section 4.
 """
@@ -24,7 +25,7 @@ from palimpsest.models.anatomy import anatomy
 from palimpsest.models.hooks import Call, watch
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.statistics.examples import Examples, evaluating
+from palimpsest.statistics.examples import Examples, Minibatch, evaluating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,7 @@ def expert_usage(
     model: Model, records: Sequence[Any], run: Run, *, batch_size: int = 32, max_length: int | None = None
 ) -> ExpertUsage:
     """How much the records use each expert; a model without routed experts raises."""
-    routers = {part.name: part.module for part in anatomy(model.network).find("router")}
-    if not routers:
-        raise PalimpsestError(f"{type(model.network).__name__} has no routed experts: no router was found in it.")
+    routers = _routers(model)
     examples = Examples(model, records, max_length, warn=run.warn)
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     tokens = top_k = 0
@@ -75,6 +74,54 @@ def expert_usage(
             tokens += int(batch.lengths.sum()) if batch.lengths is not None else 0
     affinity, share, chosen = (torch.stack([sums[name][i] for name in routers]) for i in range(3))
     return ExpertUsage(tuple(routers), affinity, share, chosen, tokens, top_k)
+
+
+@torch.no_grad()
+def routing_overlap(
+    model: Model,
+    original: Model,
+    records: Sequence[Any],
+    run: Run,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> float:
+    """How much of the original's choice of experts the model still makes on these records; 1 is all of it."""
+    examples = Examples(model, records, max_length, warn=run.warn)
+    both = [_routers(m) for m in (model, original)]
+    if list(both[0]) != list(both[1]):
+        raise PalimpsestError("the two models have different routers: their choices cannot be compared.")
+    agreed, tokens = 0.0, 0
+    with evaluating(model.network), evaluating(original.network):
+        for group in run.track(examples.groups(batch_size), "routing"):
+            batch = examples.batch(group)
+            assert batch.real is not None
+            real = batch.real.flatten()
+            first, second = (_choices(m, routers, batch) for m, routers in zip((model, original), both, strict=True))
+            for name, used in first.items():
+                same = (used & second[name])[real].sum(-1) / used[real].sum(-1)
+                agreed += float(same.sum()) / len(first)
+            tokens += int(real.sum())
+    return agreed / tokens
+
+
+def _choices(model: Model, routers: dict[str, Any], batch: Minibatch) -> dict[str, Tensor]:
+    """Who is chosen for each token, by router."""
+    found: dict[str, Tensor] = {}
+
+    def receive(call: Call, output: Any) -> None:
+        found[call.key] = routing(call.key, output)[2].bool()
+
+    with watch(routers, forward=receive):
+        batch.visit(model.network)
+    return found
+
+
+def _routers(model: Model) -> dict[str, Any]:
+    routers = {part.name: part.module for part in anatomy(model.network).find("router")}
+    if not routers:
+        raise PalimpsestError(f"{type(model.network).__name__} has no routed experts: no router was found in it.")
+    return routers
 
 
 def routing(

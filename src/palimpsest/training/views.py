@@ -76,6 +76,11 @@ class View:
         """This micro-batch's part of the mean over all sequences of the role in the step."""
         return values.sum() / self.even
 
+    @property
+    def nodes(self) -> Int[Tensor, " targets"]:
+        """The flat place of each scored token itself among all tokens that the network is given."""
+        return self.forward.nodes[self.place]
+
     @cached_property
     def hidden(self) -> Float[Tensor, "targets width"]:
         """The watched module's output at each scored token itself (not at the token before it).
@@ -98,6 +103,10 @@ class _Tokens:
     @cached_property
     def logits(self) -> Sequence[Float[Tensor, "targets vocabulary"]]:
         return self.packed.target_logits(self.network).split(self.targets)
+
+    @property
+    def nodes(self) -> Sequence[Int[Tensor, " targets"]]:
+        return (self.packed.row * self.packed.tokens.shape[1] + self.packed.here).split(self.targets)
 
     @cached_property
     def hidden(self) -> Sequence[Float[Tensor, "targets width"]]:
@@ -128,6 +137,10 @@ class _Examples:
     @property
     def logits(self) -> Sequence[Float[Tensor, "batch labels"]]:
         return (self._computed[0],)
+
+    @property
+    def nodes(self) -> Sequence[Int[Tensor, " batch"]]:
+        return (torch.arange(len(self.examples), device=self.device),)
 
     @property
     def hidden(self) -> Sequence[Float[Tensor, "batch ..."]]:
