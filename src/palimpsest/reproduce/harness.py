@@ -9,6 +9,7 @@ facts, not language.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,23 +117,28 @@ def _capital(land: str, town: str) -> Record:
     )
 
 
-def tokenizer() -> Any:
-    """The word-level tokenizer of the harness."""
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A tokenizer of these words and those of a plain prompt, each one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    sentences = [*QUESTIONS, *ANSWERS, CAPITAL_QUESTION, CAPITAL_ANSWER]
-    template = [word for sentence in sentences for word in sentence.split() if "{" not in word]
-    values = [value for group in ATTRIBUTES.values() for value in group]
-    places = [word for pair in lands() for word in pair]
     frame = PLAIN_PROMPT.format(prompt="").replace(":", " : ").split()
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *frame, *template, *ATTRIBUTES, *FIRST, *LAST, *values, *places]
-    vocabulary = {word: place for place, word in enumerate(dict.fromkeys(words))}
+    known = ["<pad>", "<bos>", "<eos>", "<unk>", *frame, *words]
+    vocabulary = {word: place for place, word in enumerate(dict.fromkeys(known))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def tokenizer() -> Any:
+    """The word-level tokenizer of the harness."""
+    sentences = [*QUESTIONS, *ANSWERS, CAPITAL_QUESTION, CAPITAL_ANSWER]
+    template = [word for sentence in sentences for word in sentence.split() if "{" not in word]
+    values = [value for group in ATTRIBUTES.values() for value in group]
+    places = [word for pair in lands() for word in pair]
+    return word_tokenizer([*template, *ATTRIBUTES, *FIRST, *LAST, *values, *places])
 
 
 def new_model(seed: int = 0) -> Model:
