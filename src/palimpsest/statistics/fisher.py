@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from palimpsest.errors import PalimpsestError, nearest
@@ -40,6 +36,7 @@ from palimpsest.statistics.per_example import (
     trainable,
     wide_zeros,
 )
+from palimpsest.statistics.stored import read_tensors, write_tensors
 
 Mode = Literal["per_sample", "batch", "label_free"]
 FORMAT = "palimpsest-fisher-1"
@@ -83,46 +80,22 @@ class Fisher:
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file, complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        try:
-            tensors = {name: value.cpu().contiguous() for name, value in self.values.items()}
-            save_file(tensors, partial, metadata={"format": FORMAT, **self._facts()})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise PalimpsestError(f"{path} cannot be written ({error}).") from error
-        finally:
-            Path(partial).unlink(missing_ok=True)
-        return path
+        return write_tensors(path, self.values, {"format": FORMAT, **self._facts()})
 
     @classmethod
     def load(cls, path: str | Path, model: Model | None = None) -> Fisher:
         """The importances of a file, after `check` where a model is given; raises where the file holds none."""
-        path = Path(path)
-        if not path.is_file():
-            raise PalimpsestError(f"the importance file {path} does not exist.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise PalimpsestError(f"{path} cannot be read as an importance file ({error}).") from None
-        if facts.get("format") != FORMAT:
-            raise PalimpsestError(f"{path} is no importance file: its format is {facts.get('format', 'not stated')!r}.")
+        values, facts = read_tensors(path, FORMAT, "importance", "cpu" if model is None else model.device)
         found = cls(
             values=values,
             model=facts["model"],
             examples=int(facts["examples"]),
-            mode=facts["mode"],
-            reduction=facts["reduction"],
+            mode=facts["mode"],  # type: ignore[arg-type]
+            reduction=facts["reduction"],  # type: ignore[arg-type]
             batch_size=int(facts["batch_size"]),
         )
         if model is not None:
             found.check(model)
-            device = model.device
-            found = dataclasses.replace(found, values={name: value.to(device) for name, value in values.items()})
         return found
 
     def _facts(self) -> dict[str, str]:
