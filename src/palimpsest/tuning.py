@@ -1,8 +1,8 @@
-"""The same, stated effort for every method: a grid of learning rates on validation data that no table uses.
+"""The same, stated effort for every method: four values of its main setting on validation data that no table uses.
 
 closeness   1 - |P - P_gold| / (P_before - P_gold), at least 0: how near the forget answers are to gold's probability
 kept        min(1, utility / utility before)
-score       harmonic mean of the two; the learning rate with the best score is taken
+score       harmonic mean of the two; the value with the best score is taken
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ from palimpsest.run import Run
 from palimpsest.tasks import VALIDATION_SEED, tuned
 
 
+RATES = ("training.learning_rate", (1e-4, 3e-4, 1e-3, 3e-3))
+GRIDS: Mapping[str, tuple[str, Sequence[float]]] = {
+    "ssd": ("alpha", (1.5, 2.0, 3.0, 5.0)),
+    "iau": ("learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
+    "loss-curvature": ("rho", (0.8, 0.9, 0.95, 0.98)),
+    "balanced-subnet": ("ratio", (0.0015, 0.005, 0.015, 0.05)),
+    "uld": ("training.learning_rate", (1e-3, 3e-3, 1e-2, 3e-2)),
+}
+"""The setting that decides how hard a method acts, and what is tried on the harness; the others have `RATES`."""
+
+
 def score(model: ModelEvidence, before: ModelEvidence, gold: ModelEvidence) -> float:
     """How well a method erased and kept, between 0 and 1."""
     p, start, aim = (_value(m, "probability/forget") for m in (model, before, gold))
@@ -28,22 +39,18 @@ def score(model: ModelEvidence, before: ModelEvidence, gold: ModelEvidence) -> f
 
 
 def tune(
-    task: Task,
-    names: Sequence[str],
-    table: Mapping[str, Mapping[str, Any]],
-    learning_rates: Sequence[float],
-    folder: Path,
-    run: Run,
+    task: Task, names: Sequence[str], table: Mapping[str, Mapping[str, Any]], folder: Path, run: Run
 ) -> dict[str, dict[float, float]]:
-    """The score of every method at every learning rate, on the validation seed of the task."""
+    """The score of every method at every value of its grid, on the validation seed of the task."""
     quick = dataclasses.replace(task, probes=tuple(probes(TOFU_BATTERY, max_new_tokens=task.max_new_tokens)))
-    scores: dict[str, dict[float, float]] = {name: {} for name in names}
-    for rate in learning_rates:
-        methods = tuned(names, table, {"training.learning_rate": rate})
-        found = compare(quick, methods, folder, seeds=[VALIDATION_SEED], run=run, keep_models=True)
-        before, gold, *erased = found.models
-        for model in erased:
-            scores[model.name][rate] = score(model, before, gold)
+    scores: dict[str, dict[float, float]] = {}
+    for name in names:
+        setting, values = GRIDS.get(name, RATES)
+        methods = [method for value in values for method in tuned([name], table, {setting: value})]
+        before, gold, *erased = compare(
+            quick, methods, folder, seeds=[VALIDATION_SEED], run=run, keep_models=True
+        ).models
+        scores[name] = {value: score(model, before, gold) for value, model in zip(values, erased, strict=True)}
     return scores
 
 
