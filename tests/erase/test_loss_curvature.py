@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from conftest import build_model
 from memorised import data, quiet
 from palimpsest.data.records import Record, Roles
-from palimpsest.erase.loss_curvature import LossCurvature, SpectrumEdit, eigenbasis, kept_pairs, spread
+from palimpsest.erase.loss_curvature import LossCurvature, SpectrumEdit, kept_pairs, spread
 from palimpsest.errors import PalimpsestError
-from palimpsest.statistics.curvature import Factors, kfac_factors
+from palimpsest.statistics.curvature import Factors, eigenbasis, kfac_factors
 from pictured import pictures
 
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

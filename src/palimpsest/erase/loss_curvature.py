@@ -36,25 +36,10 @@ from palimpsest.guard import kind_of
 from palimpsest.models.anatomy import Anatomy, anatomy
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.statistics.curvature import Factors, Labels, Positions, kfac_factors
+from palimpsest.statistics.curvature import Factors, Labels, Positions, eigenbasis, kfac_factors
 from palimpsest.system import Method, setting, system
 
 Sides = Literal["both", "inputs", "gradients"]
-WIDE = 1024
-"""Factors up to this size are decomposed in float64; beyond it the time counts more."""
-
-
-def eigenbasis(factor: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
-    """Eigenvalues in descending order, none below 0, and the eigenvectors as columns; raises unless symmetric."""
-    if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
-        raise PalimpsestError(f"a curvature factor has the shape {tuple(factor.shape)}, expected a square matrix.")
-    if not torch.isfinite(factor).all():
-        raise PalimpsestError("a curvature factor holds values that are not finite.")
-    if not torch.allclose(factor, factor.mT, rtol=1e-3, atol=1e-5 * float(factor.abs().max())):
-        raise PalimpsestError("a curvature factor is not symmetric.")
-    wide = factor.double() if len(factor) <= WIDE else factor
-    values, vectors = torch.linalg.eigh(wide)
-    return values.flip(0).clamp_min(0).to(factor.dtype), vectors.flip(1).to(factor.dtype)
 
 
 def kept_pairs(curvature: Float[Tensor, "out in"], rho: float) -> Bool[Tensor, "out in"]:

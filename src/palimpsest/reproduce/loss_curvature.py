@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,7 @@ def new_classifier(seed: int = 0) -> Model:
     verb="erase",
     title="Cuts of the same matrices that know nothing of curvature",
     paper="",
-    takes="classifier",
+    takes="causal-lm or classifier",
     uses={"train"},
     fidelity="adapted",
 )
@@ -104,12 +104,13 @@ class Control(Method):
 
     kind: Literal["svd", "random", "magnitude"] = setting(default="svd", origin="the specification", help="what is cut")
     share: float = setting(default=0.5, above=0, at_most=1, origin="swept", help="share that is kept")
+    matrices: tuple[str, ...] = setting(default=("mlp_up", "mlp_down"), origin="paper", help="roles of what is cut")
 
     @torch.no_grad()
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model after the cuts."""
         edited, draw = model.copy(), run.generator()
-        for part in anatomy(edited.network).select(("mlp_up", "mlp_down")).parts:
+        for part in anatomy(edited.network).select(self.matrices).parts:
             weight = part.module.get_parameter("weight")
             weight.copy_(_cut(weight, self.kind, self.share, draw))
         return edited
@@ -203,13 +204,15 @@ def at_matched(memorised: Sequence[float], value: Sequence[float], matched: floa
     return float("nan")
 
 
-def _matched(points: list[dict[str, Seeds]]) -> dict[str, Seeds]:
-    """Every column of one curve where it is compared, a number a seed."""
-    found: dict[str, list[float]] = {column: [] for column in COLUMNS}
-    for seed in range(len(points[0]["memorised"])):
-        order = sorted(points, key=lambda point: -point["memorised"][seed])
+def matched_curve(
+    points: Sequence[Mapping[str, Seeds]], columns: Sequence[str], by: str, matched: float = MATCHED
+) -> dict[str, Seeds]:
+    """Every column of one curve where `by` has fallen to the share at which all are compared, a number a seed."""
+    found: dict[str, list[float]] = {column: [] for column in columns}
+    for seed in range(len(points[0][by])):
+        order = sorted(points, key=lambda point: -point[by][seed])
         for column, x in found.items():
-            x.append(at_matched([p["memorised"][seed] for p in order], [p[column][seed] for p in order]))
+            x.append(at_matched([p[by][seed] for p in order], [p[column][seed] for p in order], matched))
     return {column: np.array(x) for column, x in found.items()}
 
 
@@ -220,7 +223,8 @@ def judge(found: Evidence) -> Outcome:
     numbers = {t: {c: values(models, c) for c in COLUMNS} for t, models in groups.items()}
     before = numbers["before"]
     matched = {
-        name: _matched([before, *(numbers[f"{name}/{i}"] for i in range(len(curve)))]) for name, curve in CURVES.items()
+        name: matched_curve([before, *(numbers[f"{name}/{i}"] for i in range(len(curve)))], COLUMNS, "memorised")
+        for name, curve in CURVES.items()
     }
     kfac = matched["K-FAC"]["clean"]
     checks = (

@@ -36,6 +36,8 @@ from palimpsest.statistics.examples import Examples, Minibatch, cross_entropy, e
 Labels = Literal["sampled", "gold"]
 Positions = Literal["auto", "all", "first"]
 Layers = Iterable[int] | slice | None
+WIDE = 1024
+"""Factors up to this size are decomposed in float64; beyond it the time counts more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,19 @@ def input_grams(
             batch = examples.batch(group)
             batch.visit(model.network)
     return {name: Gram(s.inputs, s.positions) for name, s in sums.items()}
+
+
+def eigenbasis(factor: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Eigenvalues in descending order, none below 0, and the eigenvectors as columns; raises unless symmetric."""
+    if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+        raise PalimpsestError(f"a curvature factor has the shape {tuple(factor.shape)}, expected a square matrix.")
+    if not torch.isfinite(factor).all():
+        raise PalimpsestError("a curvature factor holds values that are not finite.")
+    if not torch.allclose(factor, factor.mT, rtol=1e-3, atol=1e-5 * float(factor.abs().max())):
+        raise PalimpsestError("a curvature factor is not symmetric.")
+    wide = factor.double() if len(factor) <= WIDE else factor
+    values, vectors = torch.linalg.eigh(wide)
+    return values.flip(0).clamp_min(0).to(factor.dtype), vectors.flip(1).to(factor.dtype)
 
 
 def sampled_labels(logits: Float[Tensor, "targets classes"], batch: Minibatch, seed: int) -> Int[Tensor, " targets"]:

@@ -1,0 +1,173 @@
+"""Loss-curvature editing on a small language model that knows facts about people and random texts by heart.
+
+Gate and up matrices of all layers are cut; what is left of recited texts, of facts and of the frame of the sentences is
+compared where the same share of texts is still recited, interpolated. The sweeps were chosen on seed 1000.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palimpsest.audit.answers import answers
+from palimpsest.audit.curvature_bands import CurvatureBands
+from palimpsest.audit.reading import Reading, mean_value
+from palimpsest.audit.recitation import Recitation
+from palimpsest.comparison import Task, compare
+from palimpsest.data.records import Record, Roles
+from palimpsest.erase.gradient_ascent import GradientAscent
+from palimpsest.erase.loss_curvature import LossCurvature
+from palimpsest.models.model import Model
+from palimpsest.report.evidence import Evidence
+from palimpsest.reproduce.harness import LEARNING, biographies, new_model
+from palimpsest.reproduce.judging import above, at_least, row, title_of, values
+from palimpsest.reproduce.loss_curvature import Control, matched_curve
+from palimpsest.reproduce.runner import Outcome, Reproduction
+from palimpsest.run import Run
+from palimpsest.system import Method, Probe, system
+from palimpsest.train import Training
+
+TEXTS, LENGTH, PREFIX, SUFFIX = 60, 40, 12, 24
+MATCHED = 0.3
+"""The share of texts still recited at which the cuts are compared."""
+GATE_AND_UP = ("mlp_gate", "mlp_up")
+RHO = (0.4, 0.6, 0.8, 0.9, 0.95)
+SHARES = {"svd": (0.2, 0.35, 0.5, 0.7), "random": (0.5, 0.7, 0.8, 0.9), "magnitude": (0.2, 0.3, 0.4, 0.6)}
+ASCENT = (1e-4, 2e-4, 3e-4, 5e-4)
+COLUMNS = ("recited", "distance", "facts", "capitals", "frame")
+
+
+def texts_and_people(seed: int = 0) -> Roles:
+    """The biographies of the harness, and texts of random words to learn by heart: `forget`."""
+    people = biographies(seed)
+    words = sorted(new_model().tokenizer.get_vocab().keys() - {"<pad>", "<bos>", "<eos>", "<unk>", ":"})
+    draw = random.Random(f"{seed}/texts")
+    texts = [Record(text=" ".join(draw.choices(words, k=LENGTH))) for _ in range(TEXTS)]
+    facts = [*people.retain, *people.forget]
+    return Roles(train=[*facts, *people.world, *texts], forget=texts, retain=facts, world=people.world)
+
+
+@system(
+    "loss-curvature-tasks",
+    verb="audit",
+    title="What is left of recited texts, facts and the frame of sentences",
+    paper="",
+    fidelity="adapted",
+)
+class Measures(Probe):
+    """Recitation of the texts; facts and capitals told without a wrong word; share of the other words predicted."""
+
+    def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
+        """`recited`, `distance`, `facts`, `capitals` and `frame`."""
+        told = Recitation(prefix=PREFIX, suffix=SUFFIX).measure(model, Roles(forget=data.forget), run)
+        asked = [record for record in data.retain[::4] if record.answer is not None]
+        right = [a.correct[a.words] for a in answers(model, asked, run)]
+        capitals = [float(a.correct[a.words].all()) for a in answers(model, data.world, run)]
+        # the value and the name say who and what; the other words of an answer are the same for many
+        frame = [float(np.mean(r[_frame(record)])) for r, record in zip(right, asked, strict=True)]
+        found: dict[str, Any] = {
+            "recited": told.arrays["strict/forget"],
+            "distance": told.arrays["distance/forget"],
+            "facts": [float(r.all()) for r in right],
+            "capitals": capitals,
+            "frame": frame,
+        }
+        return Reading(
+            probe=self.facts.slug, values=tuple(mean_value(name, x, seed=run.seed) for name, x in found.items())
+        )
+
+
+def _frame(record: Record) -> np.ndarray:
+    """Which words of an answer stand in the answers about others as well."""
+    return np.array([word in ("the", "of", "is", "has", "as", ".") for word in (record.answer or "").split()])
+
+
+def _curves() -> dict[str, list[Method]]:
+    how: dict[str, dict[str, Any]] = {
+        "K-FAC": {},
+        "inputs alone (A)": {"sides": "inputs"},
+        "gradients alone (G)": {"sides": "gradients"},
+    }
+    curves: dict[str, list[Method]] = {
+        name: [LossCurvature(rho=rho, layers="all", matrices=GATE_AND_UP, **options) for rho in RHO]
+        for name, options in how.items()
+    }
+    titles = {"svd": "singular values", "random": "random directions", "magnitude": "smallest weights"}
+    for kind, shares in SHARES.items():
+        curves[titles[kind]] = [Control(kind=kind, share=share, matrices=GATE_AND_UP) for share in shares]  # type: ignore[arg-type]
+    steps = {"epochs": 4, "batch_size": 20, "warmup_epochs": 0.0, "decay": "constant", "weight_decay": 0.0}
+    curves["gradient ascent on the texts"] = [
+        GradientAscent(training=Training(learning_rate=rate, micro_tokens=4096, **steps))  # type: ignore[arg-type]
+        for rate in ASCENT
+    ]
+    return curves
+
+
+CURVES = _curves()
+
+
+def task() -> Task:
+    """The harness model that learned people, capitals and random texts."""
+    return Task(
+        name="texts-curvature",
+        question="Are the texts no longer recited, and is the rest still there?",
+        source=f"biographies of 48 people, 40 capitals, {TEXTS} texts of {LENGTH} random words",
+        start=new_model,
+        roles=texts_and_people,
+        learn=LEARNING,
+        probes=(Measures(), CurvatureBands(reference="retain")),
+        max_new_tokens=1,
+    )
+
+
+def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
+    """All cuts of every seed."""
+    methods = [method for curve in CURVES.values() for method in curve]
+    return judge(compare(task(), methods, folder, seeds=seeds, run=run))
+
+
+def judge(found: Evidence) -> Outcome:
+    """The outcome that the evidence shows."""
+    titled = {f"{name}/{i}": method for name, curve in CURVES.items() for i, method in enumerate(curve)}
+    groups = {t: [m for m in found.models if title_of(m, titled) == t] for t in ("before", *titled)}
+    numbers = {t: {c: values(models, c) for c in COLUMNS} for t, models in groups.items()}
+    before = numbers["before"]
+    curves = {
+        name: matched_curve([before, *(numbers[f"{name}/{i}"] for i in range(len(curve)))], COLUMNS, "recited", MATCHED)
+        for name, curve in CURVES.items()
+    }
+    kfac, svd, chance = (curves[name] for name in ("K-FAC", "singular values", "random directions"))
+    low, high = (values(groups["before"], f"ratio/forget/{band}") for band in ("bottom 50 %", "top 10 %"))
+    checks = (
+        at_least("before, at least 0.9 of the texts are recited", before["recited"], 0.9),
+        at_least("K-FAC keeps as many facts as cutting singular values", kfac["facts"], svd["facts"]),
+        above("and more than cutting random directions", kfac["facts"], chance["facts"]),
+        above(
+            "facts suffer more than the frame of sentences", _lost("facts", before, kfac), _lost("frame", before, kfac)
+        ),
+        above("texts use the low bands more than the high ones, against the facts", low, high),
+    )
+    rows = [row("before", before), *(row(f"{name}, at {MATCHED:g} recited", x) for name, x in curves.items())]
+    return Outcome(rows=rows, checks=checks, note="A dash stands where a curve never comes down to that share.")
+
+
+def _lost(column: str, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> np.ndarray:
+    return before[column] - after[column]
+
+
+REPRODUCTION = Reproduction(
+    claim="Cutting the directions of low curvature takes recited texts away first, then facts told without a context, "
+    "and the frame of sentences last.",
+    source="Merullo et al. 2025 (arXiv 2510.24256)",
+    setting="The harness model with 60 texts of 40 random words among its training data; gate and up of all layers are "
+    "cut, with factors from all training data. A text is recited where 24 words follow the first 12 without an error. "
+    f"Each value is taken where {MATCHED:g} of the texts are still recited, interpolated.",
+    paper="OLMo-2 7B, texts of its training data (recited without error, perplexity): before 99.9 %, 19.0; balanced "
+    "subnet 6.0 %, 23.6; K-FAC 3.4 %, 22.8; singular values 3.0 %, 22.5. Facts told without a context fell from .78 to "
+    ".65, reading tasks from .80 to .80.",
+    measure=measure,
+)
