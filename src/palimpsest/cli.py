@@ -150,7 +150,8 @@ def _describe(instance: Any, prefix: str = "", given: str | None = None) -> Any:
 
 def _facts(facts: Facts) -> dict[str, Any]:
     plain = dataclasses.asdict(facts)
-    return plain | {"needs": sorted(facts.needs), "uses": sorted(facts.uses), "deviations": list(facts.deviations)}
+    sets = {name: sorted(plain[name]) for name in ("needs", "uses", "beside")}
+    return plain | sets | {"deviations": list(facts.deviations)}
 
 
 def _change(verb: str, words: list[str]) -> int:
@@ -204,6 +205,8 @@ def _audit(words: list[str]) -> None:
         """the model before erasing"""
         gold: str | None = None
         """a model that never saw the forget set"""
+        second_gold: str | None = None
+        """another one, from another seed: says how alike two such models are"""
         probes: tuple[str, ...] = ()
         """which probes; all of the standard battery by default"""
         max_new_tokens: int = 200
@@ -223,6 +226,7 @@ def _audit(words: list[str]) -> None:
         options.run.run(),
         before=options.before,
         gold=options.gold,
+        second_gold=options.second_gold,
         battery=options.probes or None,
         max_new_tokens=options.max_new_tokens,
         source=options.data.source,

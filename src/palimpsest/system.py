@@ -46,7 +46,11 @@ ENTRY_POINTS = "palimpsest.systems"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known about a system without running it; listings, pages, labels and checks are made from this."""
+    """What is known about a system without running it; listings, pages, labels and checks are made from this.
+
+    `beside` names the models besides gold that a probe's `measure` takes where an audit has them: `before` and
+    `second_gold`, another model that never saw the forget set.
+    """
 
     slug: str
     verb: str
@@ -55,6 +59,7 @@ class Facts:
     takes: Kind = "causal-lm"
     needs: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
     fidelity: str
     deviations: tuple[str, ...] = ()
     preset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -238,7 +243,7 @@ def _facts(slug: str, keywords: Mapping[str, Any], *, module: str, qualname: str
         raise PalimpsestError(f"system {slug}: fidelity is not stated. Say how closely it follows its source.")
     if keywords.get("verb") not in VERBS:
         raise PalimpsestError(f"system {slug}: verb is {keywords.get('verb')!r}. Known: {', '.join(VERBS)}.")
-    sets = {name: frozenset(keywords.get(name, ())) for name in ("needs", "uses")}
+    sets = {name: frozenset(keywords.get(name, ())) for name in ("needs", "uses", "beside")}
     return Facts(slug=slug, module=module, qualname=qualname, **{**keywords, **sets})
 
 

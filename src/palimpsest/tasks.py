@@ -44,6 +44,12 @@ BASELINES = (
 )
 """Every published baseline of the library that starts from the model that learned."""
 
+ERASERS = (
+    *BASELINES,
+    *("stranger", "undial", "flat", "uld", "selective-amnesia", "ssd", "iau", "loss-curvature", "balanced-subnet"),
+)
+"""The baselines and the other erasers of the library for a plain language model."""
+
 HARNESS: Mapping[str, Mapping[str, Any]] = {
     "*": {"training.learning_rate": 3e-4, "training.epochs": 5, "training.micro_tokens": 4096},
     "gradient-difference": {"training.learning_rate": 3e-3},
@@ -55,8 +61,17 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
     "whp": {"training.learning_rate": 1e-3},
     "retain-finetune": {"training.learning_rate": 3e-3},
     "stranger": {"training.learning_rate": 3e-3},
+    "flat": {"training.learning_rate": 1e-3},
+    "selective-amnesia": {"training.learning_rate": 1e-3},
+    "uld": {"training.learning_rate": 1e-2},
+    "ssd": {"alpha": 1.5},
+    "loss-curvature": {"rho": 0.8},
+    "balanced-subnet": {"ratio": 0.05},
 }
-"""Each learning rate is the best of 1e-4, 3e-4, 1e-3 and 3e-3 by `palimpsest.tuning`, on one validation seed."""
+"""The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: all others.
+
+For `iau` no value was better than doing nothing; it keeps its own.
+"""
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "*": {
         "training.learning_rate": 5e-5,

@@ -18,7 +18,6 @@ from palimpsest.report.evidence import ModelEvidence
 from palimpsest.run import Run
 from palimpsest.tasks import VALIDATION_SEED, tuned
 
-
 RATES = ("training.learning_rate", (1e-4, 3e-4, 1e-3, 3e-3))
 GRIDS: Mapping[str, tuple[str, Sequence[float]]] = {
     "ssd": ("alpha", (1.5, 2.0, 3.0, 5.0)),

@@ -228,7 +228,7 @@ def test_what_cannot_be_edited_is_refused():
     with pytest.raises(PalimpsestError, match="needs the role train or general or retain"):
         LossCurvature().apply(model, Roles(forget=given.forget), quiet())
     with pytest.raises(PalimpsestError, match="needs the role general"):
-        LossCurvature(role="general").apply(model, Roles(train=given.train), quiet())
+        LossCurvature(taken_on="general").apply(model, Roles(train=given.train), quiet())
     with pytest.raises(PalimpsestError, match="expected above 0"):
         LossCurvature(rho=0.0)
     with pytest.raises(PalimpsestError, match=r'"mlp\.gone" match nothing'):

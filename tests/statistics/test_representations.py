@@ -7,13 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import NEUTRAL, build_text_classifier
 from memorised import people, quiet
 from one_by_one import EVERY, roughened, some_records
 from palimpsest.data.encoding import Encoder
+from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import anatomy
 from palimpsest.models.hooks import capture, no_hooks_left
 from palimpsest.statistics.representations import (
     CrossProducts,
+    batch_mean_cka,
     compare_representations,
     linear_cka,
     representations,
@@ -167,3 +171,60 @@ def test_unknown_poolings_are_named(llama, vit):
         next(representations(vit, some_records("vit"), "block", quiet(), pool="targets"))
     with pytest.raises(PalimpsestError, match="Choose another module"):
         next(representations(llama, people()[:2], "unembedding", quiet()))
+
+
+def test_the_gram_form_and_the_sums_agree():
+    x, y = draw(5, 40, 30), draw(6, 40, 25)
+    y[:, :5] += x[:, :5]
+    summed, held = CrossProducts(), CrossProducts()
+    for start in range(0, 40, 7):
+        summed.add(x[start : start + 7], y[start : start + 7])
+    wide = torch.zeros(40, 50, dtype=torch.float64)  # more dimensions than records: zeros add nothing to either form
+    held.add(torch.cat([x, wide], 1), torch.cat([y, wide], 1))
+    assert summed._shift is not None  # what is compared are two forms
+    assert held._shift is None
+    assert held.cka() == pytest.approx(summed.cka(), abs=1e-10)
+    assert held.unbiased_cka() == pytest.approx(summed.unbiased_cka(), abs=1e-10)
+
+
+@pytest.mark.parametrize("n", [9, 3])
+def test_which_network_has_collapsed_is_told_whatever_the_size_of_the_other(n):
+    sums = CrossProducts()
+    sums.add(torch.full((n, 4), 1e6) + 1e-3 * draw(1, n, 4).float(), 1e-6 * draw(2, n, 4))  # lost in rounding
+    assert sums.collapsed() == (True, False)
+    assert math.isnan(sums.cka())
+
+
+def test_the_mean_over_batches_is_higher_than_cka_over_all():
+    x, y = draw(1, 65, 8), draw(2, 65, 8)
+    batches = [gram_cka(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+    assert batch_mean_cka(x, y, 16) == pytest.approx(sum(batches) / 4)  # the last record is a batch without a CKA
+    assert batch_mean_cka(x, y, 16) > linear_cka(x, y) + 0.1
+    order = x[:, 0].argsort()
+    assert batch_mean_cka(x[order], y[order], 16) != pytest.approx(batch_mean_cka(x, y, 16), abs=1e-3)
+    with pytest.raises(PalimpsestError, match="batches of at least 3 records, found 2"):
+        batch_mean_cka(x, y, 2)
+    with pytest.raises(PalimpsestError, match="same records: 65 of one network, 64"):
+        batch_mean_cka(x, y[1:], 16)
+    with pytest.raises(PalimpsestError, match="at least 3 records, found 2"):
+        batch_mean_cka(x[:2], y[:2], 16)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnet"])
+def test_the_input_of_a_head_is_what_it_makes_logits_of(name):
+    model, records = roughened(name), some_records(name)
+    (head,) = (part.name for part in anatomy(model.network).find("classifier_head"))
+    found = collected(model, records, head, inputs=head, batch_size=3)
+    torch.testing.assert_close(model.network.get_submodule(head)(found[f"{head}:input"]), found[head])
+    expected = torch.cat([model.network(pixel_values=record.image[None]).logits for record in records])
+    torch.testing.assert_close(found[head], expected, rtol=1e-4, atol=1e-5)
+    assert no_hooks_left(model.network)
+
+
+def test_the_head_of_a_text_classifier_reads_the_last_token():
+    model = build_text_classifier()
+    records = [Record(text=text, label=i % 3) for i, text in enumerate(NEUTRAL)]
+    found = collected(model, records, "score", inputs="score", batch_size=2)
+    for place, record in enumerate(records):
+        logits = model.network(**model.tokenizer(record.text, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(found["score"][place], logits, rtol=1e-4, atol=1e-5)

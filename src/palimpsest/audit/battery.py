@@ -35,7 +35,7 @@ STANDARD_BATTERY = (
 """Every probe of an erasure from a language model."""
 
 CLASSIFIER_BATTERY = ("classification",)
-"""Every probe of an erasure from a classifier."""
+"""The quick measures of an erasure from a classifier; `truly-forgetting` looks at the features, and needs gold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +89,18 @@ def audit(
     probes_: Sequence[Probe] | None = None,
     run: Run | None = None,
     gold: Model | None = None,
+    *,
+    before: Model | None = None,
+    second_gold: Model | None = None,
 ) -> Audit:
     """The readings of all probes on one model, with gold as the reference of those that compare.
 
-    Where no probes are given they are those of the whole battery for this kind of model.
+    `before` and `second_gold`, another model that never saw the forget set, go to the probes that ask for them. Where
+    no probes are given they are those of the whole battery for this kind of model.
     """
     run = run or Run()
     chosen = probes(model=model) if probes_ is None else probes_
+    known = {"before": before, "second_gold": second_gold}
     readings, failures = [], []
     if kind_of(model) != "classifier":
         with contextlib.suppress(PalimpsestError):  # a probe that needs what cannot be scored says so itself
@@ -104,7 +109,8 @@ def audit(
         start = time.perf_counter()
         try:
             check_kind(probe.facts, probe.facts.slug, model)
-            reading = probe.measure(model, data, run, gold=gold)
+            beside: dict[str, Any] = {name: known[name] for name in probe.facts.beside}
+            reading = probe.measure(model, data, run, gold=gold, **beside)
         except Exception as error:
             told = f"{error}" if isinstance(error, PalimpsestError) else f"{type(error).__name__}: {error}"
             failures.append({"probe": probe.facts.slug, "error": told})

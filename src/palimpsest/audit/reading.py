@@ -26,12 +26,16 @@ class Value:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one probe found on one model: values, per-example arrays behind them, and what to keep in mind."""
+    """What one probe found on one model: values, per-example arrays behind them, and what to keep in mind.
+
+    `verdict` is what the probe says about the model in words, where it does.
+    """
 
     probe: str
     values: tuple[Value, ...]
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
     caveats: tuple[str, ...] = ()
+    verdict: str = ""
     seconds: float = 0.0
 
     def __getitem__(self, name: str) -> Value:

@@ -38,7 +38,12 @@ from palimpsest.system import Probe, catalogue
 SHOWN = {"forget": 24, "retain": 8}
 """How many answers of each role a report shows."""
 _ERASED: Part = "erased"
-TITLES = {"before": "before", "gold": "gold: never saw the forget set"}
+_NAMES = {"control": "second gold"}
+TITLES = {
+    "before": "before",
+    "gold": "gold: never saw the forget set",
+    "control": "second gold: another seed",
+}
 
 
 def measure(
@@ -51,10 +56,11 @@ def measure(
     *,
     gold: Model | None = None,
     before: Model | None = None,
+    second_gold: Model | None = None,
     max_new_tokens: int = 200,
 ) -> ModelEvidence:
     """One model measured: readings, answers, what changed against `before`, and what its ledger says."""
-    found = audit(model, data, battery, run, gold=gold)
+    found = audit(model, data, battery, run, gold=gold, before=before, second_gold=second_gold)
     entry = model.ledger.entries[-1] if model.ledger.entries else None
     facts = catalogue().get(entry.method) if entry is not None else None
     return ModelEvidence(
@@ -145,6 +151,7 @@ def audit_saved(
     *,
     before: str | None = None,
     gold: str | None = None,
+    second_gold: str | None = None,
     battery: Sequence[Any] | None = None,
     max_new_tokens: int = 200,
     source: str = "",
@@ -163,21 +170,19 @@ def audit_saved(
     probes(battery)  # a wrong name shows before anything is loaded
     reference = load(gold, run=run) if gold is not None else None
     original = load(before, run=run) if before is not None else None
+    other = load(second_gold, run=run) if second_gold is not None else None
     measured: list[ModelEvidence] = []
-    wanted: list[tuple[Part, str | None]] = [("before", before), ("gold", gold)]
+    wanted: list[tuple[Part, str | None]] = [("before", before), ("gold", gold), ("control", second_gold)]
     for part, name in [*wanted, *((_ERASED, model) for model in models)]:
         if name is None:
             continue
-        model = {"before": original, "gold": reference}.get(part) or load(name, run=run)
-        label = part if part != "erased" else _label(model, name, [m.name for m in measured])
+        model = {"before": original, "gold": reference, "control": other}.get(part) or load(name, run=run)
+        label = _label(model, name, [m.name for m in measured]) if part == "erased" else _NAMES.get(part, part)
         if run.progress:
             console().print(f"measuring {label}")
         chosen = probes(battery, max_new_tokens=max_new_tokens, model=model)
-        measured.append(
-            measure(
-                label, part, model, data, run, chosen, gold=reference, before=original, max_new_tokens=max_new_tokens
-            )
-        )
+        beside = {"gold": reference, "before": original, "second_gold": other}
+        measured.append(measure(label, part, model, data, run, chosen, max_new_tokens=max_new_tokens, **beside))
     found = described(
         f"Audit of {', '.join(models)}",
         measured,

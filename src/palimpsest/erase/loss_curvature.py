@@ -181,7 +181,7 @@ class LossCurvature(Method):
     sides: Sides = setting(
         default="both", origin="paper; its ablations", help="both factors, or A (inputs) or G (gradients) alone"
     )
-    role: Literal["auto", "train", "general", "retain"] = setting(
+    taken_on: Literal["auto", "train", "general", "retain"] = setting(
         default="auto", origin="ours", help="role that curvature is taken on; auto: the first of these that is given"
     )
     labels: Labels = setting(
@@ -224,7 +224,7 @@ class LossCurvature(Method):
         return edited
 
     def _records(self, data: Roles) -> list[Record]:
-        wanted = ("train", "general", "retain") if self.role == "auto" else (self.role,)
+        wanted = ("train", "general", "retain") if self.taken_on == "auto" else (self.taken_on,)
         for role in wanted:
             if role in data:
                 return data.require(role)

@@ -27,6 +27,7 @@ def caveats(evidence: Evidence) -> tuple[Caveat, ...]:
         Caveat(title="What failed", items=failures(evidence)),
         Caveat(title="How true to the sources", items=fidelity(evidence)),
         Caveat(title="What the measures are blind to", items=blind_spots(evidence)),
+        Caveat(title="What the probes say in words", items=verdicts(evidence)),
         Caveat(title="What the probes remarked", items=remarks(evidence)),
     )
     return tuple(caveat for caveat in found if caveat.items)
@@ -78,6 +79,16 @@ def blind_spots(evidence: Evidence) -> tuple[str, ...]:
     """What the metrics that were used cannot see."""
     names = sorted({name for group in compare(evidence).all() for name in group.names()}, key=rank)
     return tuple(dict.fromkeys(metric(name).blind for name in names if metric(name).blind))
+
+
+def verdicts(evidence: Evidence) -> tuple[str, ...]:
+    """What probes say about a model in words, of every seed."""
+    return tuple(
+        f"{model.title}, seed {model.seed}: {reading.verdict}"
+        for model in evidence.models
+        for reading in model.readings
+        if reading.verdict
+    )
 
 
 def remarks(evidence: Evidence) -> tuple[str, ...]:

@@ -65,15 +65,15 @@ class Group:
         measured = self.get(name)
         return None if measured is None else measured.value
 
-    def arrays(self, name: str, probe: str | None = None) -> list[np.ndarray]:
-        """The array of that name of every seed that has one, without the entries that are not finite."""
+    def arrays(self, name: str, probe: str | None = None, *, gaps: bool = False) -> list[np.ndarray]:
+        """The array of that name of every seed that has one, without the entries that are not finite, unless `gaps`."""
         found = []
         for member in self.members:
             for reading in member.readings:
                 if name in reading.arrays and probe in (None, reading.probe):
                     array = np.array([np.nan if x is None else x for x in reading.arrays[name]], dtype=float)
-                    found.append(array[np.isfinite(array)])
-        return [array for array in found if array.size]
+                    found.append(array if gaps else array[np.isfinite(array)])
+        return [array for array in found if np.isfinite(array).any()]
 
     def cost(self) -> Cost:
         """Mean seconds and the largest peak over seeds."""

@@ -180,6 +180,31 @@ _METRICS: dict[str, Metric] = {
     "member": Metric(title="Called members by their entropy", section="Being found out", better="gold", bounds=_UNIT),
     "zrf": Metric(title="Randomness of predictions (ZRF)", section="Forgetting", better="gold", bounds=_UNIT),
     "kl": Metric(title="Divergence from gold (KL)", better="lower", bounds=(0.0, math.inf)),
+    "agl": Metric(
+        title="Agreement of logits with gold (AGL)", section="Forgetting", better="higher", bounds=_UNIT, near=0.02
+    ),
+    "agr": Metric(
+        title="Agreement of representations with gold (AGR)",
+        section="Forgetting",
+        better="higher",
+        bounds=_UNIT,
+        blind="AGR is high even for a model that forgot nothing: read it against that of the model before.",
+    ),
+    "agr_rescaled": Metric(
+        title="AGR between before (0) and a second gold (1)", section="Forgetting", better="higher", near=0.2
+    ),
+    "h_lr": Metric(title="Harmonic mean of AGL and AGR", section="Forgetting", better="higher", bounds=_UNIT),
+    "logit": Metric(title="Right labels or tokens", better="gold", bounds=_UNIT),
+    "cka_gold": Metric(
+        title="Likeness of features to gold's (CKA)",
+        better="higher",
+        near=0.1,
+        bounds=_UNIT,
+        blind="CKA of few records is biased upwards, and two models that never saw the erased records differ, too: a "
+        "gap smaller than theirs is chance.",
+    ),
+    "knn": Metric(title="Classes told apart by nearest neighbours", better="gold", near=0.1, bounds=_UNIT),
+    "linear": Metric(title="Classes told apart by a linear probe", better="gold", near=0.1, bounds=_UNIT),
     "repetition": Metric(title="Repetition", section="Health of the text", better="lower", bounds=_UNIT),
     "refusals": Metric(
         title="Refusals",
@@ -190,6 +215,8 @@ _METRICS: dict[str, Metric] = {
     ),
     "gibberish": Metric(title="Gibberish", section="Health of the text", better="lower", bounds=_UNIT),
 }
+_ALIKE = ("kl", "logit", "cka_gold", "knn", "linear")
+"""Heads that compare with gold whatever the role."""
 ATTACKS = {
     "min-k": "Min-K%",
     "min-k++": "Min-K%++",
@@ -227,12 +254,12 @@ def metric(name: str) -> Metric:
     better = known.better
     if section == "Other":
         erased = tail in FORGOTTEN
-        section = "Forgetting" if erased else "What must stay"
+        section = "Forgetting" if erased else "Other" if tail.startswith("downstream") else "What must stay"
         if head == "truth_ratio":
             better = "higher"
         elif head == "accuracy" and erased:
             better = "gold"
-        elif head != "kl":
+        elif head not in _ALIKE:
             better = "lower" if erased else "higher"
     role = ROLES.get(tail, tail)
     short = f"{known.short or known.title}, {tail}"

@@ -91,7 +91,7 @@ def render(evidence: Evidence) -> str:
 
 
 def drawings(sides: Comparison) -> tuple[Plot, ...]:
-    """The four plots of the trade-off, each either drawn or with the reason why not."""
+    """The four plots of the trade-off, each either drawn or with the reason why not, and those of the features."""
     several = "Needs model utility and this measure on at least two models."
     return (
         _plot(
@@ -119,7 +119,30 @@ def drawings(sides: Comparison) -> tuple[Plot, ...]:
             plots.relearning(sides),
             "No relearning attack was run.",
         ),
+        *representations(sides),
     )
+
+
+def representations(sides: Comparison) -> tuple[Plot, ...]:
+    """The plots of the probe of features, where it was run: logits against features, and likeness by layer."""
+    agreement = plots.plane(
+        sides, "agr", "agreement of features with gold (AGR)", "agl", "agreement of logits with gold (AGL)"
+    )
+    found = [
+        (
+            "Do the features agree, or only the answers?",
+            "Right is what tests on answers see, up what features show. Right and low is an edit of the last layer. "
+            "The model before and a second gold say how low and high AGR can be.",
+            agreement,
+        )
+    ]
+    for other, words in (
+        ("gold", "gold, on the erased records"),
+        ("before", "the model before, on the erased records"),
+    ):
+        title, text = f"Likeness to {words.partition(',')[0]}", "CKA layer by layer; 1 is the same up to rotation."
+        found.append((title, text, plots.likeness(sides, other, f"likeness (CKA) to {words}")))
+    return tuple(_plot(title, text, svg, "") for title, text, svg in found if svg)
 
 
 def pairs(sides: Comparison, role: str) -> tuple[Pair, ...]:

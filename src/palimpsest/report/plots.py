@@ -69,11 +69,17 @@ def styles(sides: Comparison) -> dict[str, tuple[str, str]]:
     return found
 
 
-def plane(sides: Comparison, y: str, label: str) -> str | None:
-    """Forgetting against utility, every model marked and named; None where fewer than two models have both."""
+def plane(
+    sides: Comparison,
+    y: str,
+    label: str,
+    x: str = "model_utility",
+    across_label: str = "model utility (higher keeps more)",
+) -> str | None:
+    """One value against another, every model marked and named; None where fewer than two models have both."""
     points = []
     for group in sides.all():
-        utility, forgetting = group.number("model_utility"), group.number(y)
+        utility, forgetting = group.number(x), group.number(y)
         if y == "forget_quality":
             # Gold is compared with itself, whether or not somebody measured that.
             forgetting = 1.0 if group is sides.gold else forgetting
@@ -83,7 +89,7 @@ def plane(sides: Comparison, y: str, label: str) -> str | None:
     if len(points) < 2:
         return None
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("model utility (higher keeps more)", label)
+        figure, axes = _axes(across_label, label)
         drawn = styles(sides)
         for group, across, height in points:
             style = _drawing(group, drawn)
@@ -106,10 +112,12 @@ def plane(sides: Comparison, y: str, label: str) -> str | None:
         else:
             axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]))
         label_points(axes, [(across, height, group.title) for group, across, height in points])
+        usual = x == "model_utility"
+        name, heading = ("utility", "Forgetting against utility") if usual else (across_label, f"{label} against {x}")
         words = "; ".join(
-            f"{group.title}: utility {across:.2f}, {label} {height:.2f}" for group, across, height in points
+            f"{group.title}: {name} {across:.2f}, {label} {height:.2f}" for group, across, height in points
         )
-        return to_svg(figure, f"Forgetting against utility. {words}.", f"plane-{y}")
+        return to_svg(figure, f"{heading}. {words}.", f"plane-{y}")
 
 
 def truth_ratios(sides: Comparison) -> str | None:
@@ -132,6 +140,25 @@ def truth_ratios(sides: Comparison) -> str | None:
         axes.set_ylim(0, 1.02)
         _legend(axes)
         return to_svg(figure, f"Cumulative distribution of the truth ratio. {'; '.join(words)}.", "truth")
+
+
+def likeness(sides: Comparison, other: str, label: str) -> str | None:
+    """CKA on the erased records layer by layer, every model's to `other`; the last layers are features and logits."""
+    chosen = [(group, group.arrays(f"cka_{other}_by_layer/forget", gaps=True)) for group in sides.all()]
+    chosen = [(group, arrays) for group, arrays in chosen if arrays and len({len(array) for array in arrays}) == 1]
+    if not chosen:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("layer, towards the output", label)
+        words = []
+        for group, arrays in chosen:
+            mean = np.mean(arrays, axis=0)
+            _line(axes, group, sides, range(1, len(mean) + 1), mean, markersize=3.5)
+            words.append(f"{group.title}: {', '.join(f'{x:.2f}' if x == x else 'none' for x in mean)}")
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
+        return to_svg(figure, f"{label}. {'; '.join(words)}.", f"likeness-{other}")
 
 
 def relearning(sides: Comparison) -> str | None:
