@@ -44,12 +44,6 @@ BASELINES = (
 )
 """Every published baseline of the library that starts from the model that learned."""
 
-ERASERS = (
-    *BASELINES,
-    *("stranger", "undial", "flat", "uld", "selective-amnesia", "ssd", "iau", "loss-curvature", "balanced-subnet"),
-)
-"""The baselines and the other erasers of the library for a plain language model."""
-
 HARNESS: Mapping[str, Mapping[str, Any]] = {
     "*": {"training.learning_rate": 3e-4, "training.epochs": 5, "training.micro_tokens": 4096},
     "gradient-difference": {"training.learning_rate": 3e-3},
@@ -68,7 +62,7 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
     "loss-curvature": {"rho": 0.8},
     "balanced-subnet": {"ratio": 0.05},
 }
-"""The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: all others.
+"""The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: the others.
 
 For `iau` no value was better than doing nothing; it keeps its own.
 """
