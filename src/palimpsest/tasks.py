@@ -62,7 +62,7 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
     "loss-curvature": {"rho": 0.8},
     "balanced-subnet": {"ratio": 0.05},
 }
-"""The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: the others.
+"""The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: others.
 
 For `iau` no value was better than doing nothing; it keeps its own.
 """

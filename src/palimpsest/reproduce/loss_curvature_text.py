@@ -23,7 +23,7 @@ from palimpsest.erase.gradient_ascent import GradientAscent
 from palimpsest.erase.loss_curvature import LossCurvature
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
-from palimpsest.reproduce.harness import LEARNING, biographies, new_model
+from palimpsest.reproduce.harness import ATTRIBUTES, LEARNING, biographies, lands, new_model
 from palimpsest.reproduce.judging import above, at_least, row, title_of, values
 from palimpsest.reproduce.loss_curvature import Control, matched_curve
 from palimpsest.reproduce.runner import Outcome, Reproduction
@@ -35,9 +35,15 @@ TEXTS, LENGTH, PREFIX, SUFFIX = 60, 40, 12, 24
 MATCHED = 0.3
 """The share of texts still recited at which the cuts are compared."""
 GATE_AND_UP = ("mlp_gate", "mlp_up")
-RHO = (0.4, 0.6, 0.8, 0.9, 0.95)
-SHARES = {"svd": (0.2, 0.35, 0.5, 0.7), "random": (0.5, 0.7, 0.8, 0.9), "magnitude": (0.2, 0.3, 0.4, 0.6)}
-ASCENT = (1e-4, 2e-4, 3e-4, 5e-4)
+RHO = {"both": (0.9, 0.95, 0.97, 0.98, 0.99), "inputs": (0.85, 0.9, 0.93, 0.95, 0.97)}
+SHARES = {
+    "svd": (0.3, 0.35, 0.4, 0.45, 0.5),
+    "random": (0.65, 0.7, 0.75, 0.8, 0.85),
+    "magnitude": (0.2, 0.25, 0.3, 0.4),
+}
+ASCENT = (3e-4, 3.5e-4, 4e-4, 5e-4)
+VALUES = {value for values in ATTRIBUTES.values() for value in values}
+FRAME = {"the", "of", "is", "has", "as", "."}
 COLUMNS = ("recited", "distance", "facts", "capitals", "frame")
 
 
@@ -59,31 +65,31 @@ def texts_and_people(seed: int = 0) -> Roles:
     fidelity="adapted",
 )
 class Measures(Probe):
-    """Recitation of the texts; facts and capitals told without a wrong word; share of the other words predicted."""
+    """Recitation of the texts; shares predicted of values of facts, of capitals, and of the words all answers have."""
 
     def measure(self, model: Model, data: Roles, run: Run, gold: Model | None = None) -> Reading:
         """`recited`, `distance`, `facts`, `capitals` and `frame`."""
         told = Recitation(prefix=PREFIX, suffix=SUFFIX).measure(model, Roles(forget=data.forget), run)
         asked = [record for record in data.retain[::4] if record.answer is not None]
-        right = [a.correct[a.words] for a in answers(model, asked, run)]
-        capitals = [float(a.correct[a.words].all()) for a in answers(model, data.world, run)]
-        # the value and the name say who and what; the other words of an answer are the same for many
-        frame = [float(np.mean(r[_frame(record)])) for r, record in zip(right, asked, strict=True)]
         found: dict[str, Any] = {
             "recited": told.arrays["strict/forget"],
             "distance": told.arrays["distance/forget"],
-            "facts": [float(r.all()) for r in right],
-            "capitals": capitals,
-            "frame": frame,
+            "facts": _right(model, asked, VALUES, run),
+            "capitals": _right(model, data.world, {town for _, town in lands()}, run),
+            "frame": _right(model, asked, FRAME, run),
         }
         return Reading(
             probe=self.facts.slug, values=tuple(mean_value(name, x, seed=run.seed) for name, x in found.items())
         )
 
 
-def _frame(record: Record) -> np.ndarray:
-    """Which words of an answer stand in the answers about others as well."""
-    return np.array([word in ("the", "of", "is", "has", "as", ".") for word in (record.answer or "").split()])
+def _right(model: Model, records: Sequence[Record], words: set[str], run: Run) -> list[float]:
+    """Share of these words predicted in each answer, after the first word: there are two ways to begin one."""
+    found = []
+    for record, answer in zip(records, answers(model, list(records), run), strict=True):
+        chosen = [word in words and place > 0 for place, word in enumerate((record.answer or "").split())]
+        found.append(float(answer.correct[answer.words][chosen].mean()))
+    return found
 
 
 def _curves() -> dict[str, list[Method]]:
@@ -93,7 +99,10 @@ def _curves() -> dict[str, list[Method]]:
         "gradients alone (G)": {"sides": "gradients"},
     }
     curves: dict[str, list[Method]] = {
-        name: [LossCurvature(rho=rho, layers="all", matrices=GATE_AND_UP, **options) for rho in RHO]
+        name: [
+            LossCurvature(rho=rho, layers="all", matrices=GATE_AND_UP, **options)
+            for rho in RHO["inputs" if options.get("sides") == "inputs" else "both"]
+        ]
         for name, options in how.items()
     }
     titles = {"svd": "singular values", "random": "random directions", "magnitude": "smallest weights"}
