@@ -26,7 +26,7 @@ from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
 from pictured import pictures
 
-SLUGS = [slug for slug, facts in catalogue().items() if facts.verb in ("write", "keep", "erase")]
+SLUGS = [slug for slug, facts in catalogue().items() if facts.verb in ("write", "keep", "erase", "fit")]
 ARCHITECTURES = ("llama", "gpt2", "qwen", "moe", *CLASSIFIERS)
 TINY = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "max_steps": 1, "warmup_epochs": 0.0}
 ASKED = people()[0].prompt

@@ -1,0 +1,239 @@
+"""AdamW in the low-rank space of each gradient (GaLore), an optimizer of torch; `palimpsest.fit.galore` says what for.
+
+Source: Zhao et al. 2024 (arXiv 2403.03507) and the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import anatomy
+from palimpsest.training.eight_bit import LEAST, Quantised
+
+Side = Literal["right", "left"]
+Moments = Literal["keep", "reset", "reproject"]
+Choice = Literal["std", "reverse_std", "left", "right"]
+MATRICES = (2, 4)
+"""Dimensions of the weights that can be projected; fused experts have three."""
+
+
+def side_of(rows: int, columns: int, choice: Choice = "std") -> Side:
+    """Which side of a matrix is projected: the shorter one, with `reverse_std` the longer."""
+    if choice in ("left", "right"):
+        return "left" if choice == "left" else "right"
+    return "right" if (rows >= columns) == (choice == "std") else "left"
+
+
+def projector(gradient: Float[Tensor, "m n"], rank: int, side: Side, exact: bool = True) -> Float[Tensor, "r k"]:
+    """The first `rank` singular directions of that side as orthonormal rows, in float32.
+
+    Without `exact` they come from a randomised decomposition with two power iterations.
+    """
+    matrix = gradient.float() if side == "right" else gradient.float().mT
+    if exact:
+        return torch.linalg.svd(matrix, full_matrices=False)[2][:rank]
+    wide = min(rank + 8, *matrix.shape)
+    return torch.svd_lowrank(matrix, q=wide, niter=2)[2].mT[:rank]
+
+
+def down(matrix: Float[Tensor, "m n"], basis: Float[Tensor, "r k"], side: Side) -> Tensor:
+    """The matrix in the small space."""
+    return matrix.float() @ basis.mT if side == "right" else basis @ matrix.float()
+
+
+def up(small: Tensor, basis: Float[Tensor, "r k"], side: Side) -> Float[Tensor, "m n"]:
+    """Back to full size."""
+    return small @ basis if side == "right" else basis.mT @ small
+
+
+class GaLoreAdamW(torch.optim.Optimizer):
+    """AdamW whose groups with a `rank` work on projected gradients; groups without one are plain AdamW.
+
+    With `per_layer`, every weight is stepped as soon as its gradient is known, and the gradient is freed: `step` then
+    does nothing, and neither clipping over all weights nor accumulation is possible. Steps whose gradient is not finite
+    leave the weight as it is and are counted in `skipped`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        gap: int = 200,
+        scale: float = 0.25,
+        choice: Choice = "std",
+        moments: Moments = "keep",
+        exact: bool = True,
+        state_bits: Literal[32, 8] = 32,
+        per_layer: bool = False,
+    ) -> None:
+        for name, value in (("gap", gap), ("scale", scale), ("lr", lr)):
+            if not value > 0:
+                raise PalimpsestError(f"galore: {name} is {value}, expected above 0.")
+        own = {"gap": gap, "scale": scale, "choice": choice, "moments": moments, "exact": exact}
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, **own}
+        )
+        self.state_bits, self.skipped = state_bits, 0
+        self._coders: dict[tuple[bool, torch.device], Quantised] = {}
+        for group in self.param_groups:
+            for weight in group["params"] if group["rank"] is not None else ():
+                _check_rank(weight, group["rank"])
+        self._hooks = list(self._attach()) if per_layer else []
+        self.per_layer = per_layer
+
+    def _attach(self) -> Iterator[Any]:
+        for group in self.param_groups:
+            for weight in group["params"]:
+
+                def stepped(weight: Tensor, group: dict[str, Any] = group) -> None:
+                    self._update(weight, group)
+                    weight.grad = None
+
+                yield weight.register_post_accumulate_grad_hook(stepped)
+
+    def detach(self) -> None:
+        """Takes the hooks of `per_layer` off the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.per_layer:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        self._update(weight, group)
+        return loss
+
+    @torch.no_grad()
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        if not torch.isfinite(gradient).all():
+            self.skipped += 1
+            return
+        state = self.state[weight]
+        projected = group["rank"] is not None
+        gradient = gradient.flatten(1) if projected else gradient  # a convolution's kernel is one row a channel
+        t = state.setdefault("step", 0)
+        side = side_of(len(gradient), gradient.shape[-1], group["choice"]) if projected else "right"
+        if projected and t % group["gap"] == 0:
+            self._refresh(state, gradient, group, side)
+        small = down(gradient, state["basis"], side) if projected else gradient.float()
+        b1, b2 = group["betas"]
+        m = self._moment(state, "m", small, True).mul_(b1).add_(small, alpha=1 - b1)
+        v = self._moment(state, "v", small, False).mul_(b2).addcmul_(small, small, value=1 - b2)
+        state["step"] = t = t + 1
+        normal = m / v.sqrt().add_(group["eps"])
+        size = group["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)
+        change = up(normal, state["basis"], side).mul_(group["scale"]) if projected else normal
+        weight.sub_((size * change).to(weight.dtype).view_as(weight))
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        self._keep(state, "m", m, True)
+        self._keep(state, "v", v, False)
+
+    def _refresh(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any], side: Side) -> None:
+        """A new projector; what becomes of moments in the old one's coordinates is the setting `moments`."""
+        basis = projector(gradient, group["rank"], side, group["exact"])
+        old = state.get("basis")
+        state["basis"] = basis
+        if old is None or group["moments"] == "keep":
+            return
+        shape = down(gradient, basis, side)
+        m = self._moment(state, "m", shape, True)
+        turned = torch.zeros_like(m)
+        if group["moments"] == "reproject":
+            turn = old @ basis.mT
+            turned = m @ turn if side == "right" else turn.mT @ m
+        self._keep(state, "m", turned, True)
+        self._keep(state, "v", torch.zeros_like(m), False)
+
+    def _moment(self, state: dict[str, Any], name: str, like: Tensor, signed: bool) -> Tensor:
+        if name in state:
+            return state[name]
+        if f"{name}_code" in state:
+            coder = self._coder(signed, like.device)
+            return coder.read(state[f"{name}_code"], state[f"{name}_scale"], like.shape)
+        return torch.zeros_like(like, dtype=torch.float32)
+
+    def _keep(self, state: dict[str, Any], name: str, value: Tensor, signed: bool) -> None:
+        if self.state_bits == 32 or value.numel() < LEAST:
+            state[name] = value
+        else:
+            state[f"{name}_code"], state[f"{name}_scale"] = self._coder(signed, value.device).write(value)
+
+    def _coder(self, signed: bool, device: torch.device) -> Quantised:
+        key = (signed, device)
+        if key not in self._coders:
+            self._coders[key] = Quantised(signed, device)
+        return self._coders[key]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a saved state, in the types that it was saved in; raises where a projector is of another rank."""
+        held = {
+            place: {name: x for name, x in entries.items() if isinstance(x, Tensor)}
+            for place, entries in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict)
+        order = [weight for group in self.param_groups for weight in group["params"]]
+        for place, tensors in held.items():  # torch casts states to the type of the weight
+            self.state[order[place]].update({name: x.to(order[place].device) for name, x in tensors.items()})
+        for group in self.param_groups:
+            for weight in group["params"] if group["rank"] is not None else ():
+                basis = self.state[weight].get("basis")
+                if basis is not None and len(basis) != group["rank"]:
+                    raise PalimpsestError(f"galore: the saved projector has rank {len(basis)}, not {group['rank']}.")
+
+
+def _check_rank(weight: Tensor, rank: int) -> None:
+    if weight.ndim not in MATRICES:
+        raise PalimpsestError(f"galore projects matrices and kernels, found a weight of shape {list(weight.shape)}.")
+    if not isinstance(rank, int) or not 1 <= rank <= _shorter(weight):
+        raise PalimpsestError(f"galore: rank is {rank}, expected 1 to {_shorter(weight)}, the matrix's shorter side.")
+
+
+def _shorter(weight: Tensor) -> int:
+    return min(len(weight), weight.numel() // len(weight))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors that the optimizer holds, projectors included."""
+    return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+
+
+def galore_groups(network: nn.Module, rank: int, targets: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups: matrices of the targets by rank, everything else. Rank 0 is a quarter of the shorter side.
+
+    Without targets they are attention and MLPs, or the convolutions of a network that has neither.
+    """
+    parts = anatomy(network)
+    found = [role for role in ("attention", "mlp") if parts.find(role)] or ["convolution"]
+    wanted = found if targets is None else list(targets)
+    chosen = parts.select(wanted).tensors()
+    held = {id(weight) for weight in chosen.values() if weight.ndim in MATRICES and weight.requires_grad}
+    if not held:
+        raise PalimpsestError(f"{', '.join(wanted)}: no matrix to project was found among them.")
+    by_rank: dict[int | None, list[Tensor]] = {}
+    for weight in network.parameters():
+        if weight.requires_grad:
+            own = None if id(weight) not in held else rank or max(1, _shorter(weight) // 4)
+            by_rank.setdefault(own, []).append(weight)
+    return [{"params": weights, "rank": own} for own, weights in by_rank.items()]
