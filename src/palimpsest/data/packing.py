@@ -47,6 +47,7 @@ class Packed:
     targets: Int[Tensor, " targets"]
     owner: Int[Tensor, " targets"]
     sequences: int
+    starts: Int[Tensor, " sequences"] | None = None
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on a device."""
@@ -69,6 +70,8 @@ class Packed:
     def target_logits(self, network: Any, **keywords: Any) -> Float[Tensor, "targets vocabulary"]:
         """One forward pass; the float32 logits that predict each target, computed nowhere else in the row."""
         keep, place = torch.unique(self.at, return_inverse=True)
+        if getattr(network, "reads_prompts", False):
+            keywords["prompt_lengths"] = self.starts
         logits = network(**self.inputs(), logits_to_keep=keep, **keywords).logits
         return logits[self.row, place].float()
 
@@ -151,6 +154,7 @@ def pad(sequences: Sequence[Encoded]) -> Packed:
         targets=targets,
         owner=owner,
         sequences=len(sequences),
+        starts=torch.tensor([sequence.start for sequence in sequences]),
     )
 
 
@@ -163,11 +167,13 @@ def _targets(sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
 def packer(network: Any) -> Pack:
     """`pack` or `pad`, whichever is cheaper, where the network computes packed sequences exactly as single ones.
 
-    That is tried on two short ones; other networks always get `pad`.
+    That is tried on two short ones; other networks always get `pad`, as do those that look at each prompt by itself.
 
     Layers that attend to a window only have it in a mask of their own, which ours would replace: sequences longer than
     the window are padded.
     """
+    if getattr(network, "reads_prompts", False):
+        return pad
     known = getattr(network, "_palimpsest_packs", None)
     if known is None:
         known = _packs_exactly(network)

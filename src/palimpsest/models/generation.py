@@ -1,4 +1,4 @@
-"""Greedy generation in batches, through the network's own `generate`."""
+"""Generation in batches, greedy unless more is asked for, through the network's own `generate`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ BATCH = 64
 
 @torch.no_grad()
 def continue_tokens(
-    model: Model, prompts: Sequence[Sequence[int]], run: Run, max_new_tokens: int, label: str = "generating"
+    model: Model, prompts: Sequence[Sequence[int]], run: Run, max_new_tokens: int, label: str = "generating", **how: Any
 ) -> list[list[int]]:
-    """The greedy continuation of each token sequence, without what comes after its end mark."""
+    """The greedy continuation of each token sequence, without what comes after its end mark.
+
+    `how` is for `generate`: `num_beams`, `bad_words_ids` and the like.
+    """
+    beams = how.get("num_beams") or 1
     network, tokenizer = model.network.eval(), model.tokenizer
     stop = _stop_tokens(network, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    size = max(1, BATCH // beams)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     for batch in run.track(batches, label):
         shared = _shared([prompts[i] for i in batch])
         rests = [prompts[i][shared:] for i in batch]
@@ -35,7 +40,7 @@ def continue_tokens(
         generated = network.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=_cache(network, prompts[batch[0]][:shared], len(batch), model.device),
+            past_key_values=_cache(network, prompts[batch[0]][:shared], len(batch) * beams, model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -43,6 +48,7 @@ def continue_tokens(
             top_k=None,
             pad_token_id=pad,
             eos_token_id=sorted(stop),
+            **how,
         )[:, shared + width :].tolist()
         for i, tokens in zip(batch, generated, strict=True):
             end = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
@@ -72,13 +78,13 @@ def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.de
 
 
 def greedy_answers(
-    model: Model, questions: Sequence[str], run: Run, max_new_tokens: int, label: str = "answering"
+    model: Model, questions: Sequence[str], run: Run, max_new_tokens: int, label: str = "answering", **how: Any
 ) -> list[str]:
-    """The greedy answer to each question, in the model's chat template where it has one."""
+    """The greedy answer to each question, in the model's chat template where it has one; `how` is for `generate`."""
     if not questions:
         return []
     encoder = Encoder.of(model)
-    generated = continue_tokens(model, [encoder.prompt(q) for q in questions], run, max_new_tokens, label)
+    generated = continue_tokens(model, [encoder.prompt(q) for q in questions], run, max_new_tokens, label, **how)
     return [text.strip() for text in model.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
 

@@ -104,7 +104,8 @@ def _load_folder(folder: Path, **options: Any) -> Model:
 def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code: bool) -> Model:
     from transformers import AutoConfig
 
-    import palimpsest.models.mixture  # noqa: F401  makes its kind of network known to transformers
+    import palimpsest.models.guarded
+    import palimpsest.models.mixture  # noqa: F401  makes their kinds of network known to transformers
 
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
     with quiet_transformers(), _one_sentence(where):

@@ -323,6 +323,8 @@ def mixture(rule: Rule, **members: Model) -> Model:
     if len(members) != 2:
         raise PalimpsestError(f"a mixture has two members, {len(members)} were given. Mix a mixture for more.")
     (first_name, first), (second_name, second) = members.items()
+    for name, model in members.items():
+        _check_open(name, model.network)
     _check_alike(first_name, first, second_name, second)
     base, other = first.network, second.network
     own = dict(base.named_parameters())
@@ -348,7 +350,16 @@ def foundation(network: Any) -> Any:
     """The network that a mixture rests on: its first member's, down to one that is no mixture."""
     while isinstance(network, MixtureForCausalLM):
         network = network.get_submodule(network._names[0])
+    _check_open("the model", network)
     return network
+
+
+def _check_open(name: str, network: Any) -> None:
+    if getattr(network, "reads_prompts", False):  # it cannot be asked for one token more
+        raise PalimpsestError(
+            f"{name} is guarded: what it says cannot be combined with another network's. Use the network inside it "
+            "(`network.unguarded`), and guard the result."
+        )
 
 
 def _sizes(configs: Sequence[Any]) -> dict[str, Any]:
