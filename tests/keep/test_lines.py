@@ -22,11 +22,13 @@ LEARN = Finetune(training=Training(learning_rate=5e-3, epochs=20, batch_size=6, 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A saved model and what fine-tuning made of it."""
+    """A saved model that knows the forget set, and what fine-tuning on the retain set made of it."""
     folder = build_model("llama").save_pretrained(tmp_path_factory.mktemp("base") / "base")
+    before = LEARN.apply(load(folder), Roles(train=data().forget), quiet())
+    folder = before.save_pretrained(tmp_path_factory.mktemp("knows") / "before")
     before = load(folder)
     before.ledger = dataclasses.replace(before.ledger, source=str(folder))
-    return before, LEARN.apply(before, data(), quiet())
+    return before, LEARN.apply(before, Roles(train=data().retain), quiet())
 
 
 def weights(model):
@@ -85,25 +87,32 @@ def test_without_slope_it_is_weight_interpolation(pair):
     torch.testing.assert_close(weights(flat)[name], weights(before)[name] + 0.3 * vector[name], rtol=0, atol=1e-7)
 
 
-def test_shallow_layers_going_back_gives_the_old_knowledge_back(pair):
+def test_all_the_way_back_the_old_knowledge_is_there_and_the_new_is_gone(pair):
     before, tuned = pair
-    given = data()
-    scaled = LiNeS(alpha=0.0, beta=0.0).apply(tuned, Roles(), quiet())
-    assert accuracy(scaled, given.general, quiet()) == accuracy(before, given.general, quiet())
+    back = LiNeS(alpha=0.0, beta=0.0).apply(tuned, Roles(), quiet())
+    for role, better in (("forget", before), ("retain", tuned)):
+        records = data()[role]
+        assert accuracy(back, records, quiet()) == accuracy(before, records, quiet())
+        other = tuned if better is before else before
+        assert accuracy(better, records, quiet()) > accuracy(other, records, quiet())
 
 
 def test_alpha_is_chosen_on_validation_data(pair):
-    _, tuned = pair
-    roles = Roles(validation=data().retain, general=data().general)
+    before, tuned = pair
+    roles = Roles(validation=data().retain, general=data().forget)
     edited = LiNeS(alpha="auto").apply(tuned, roles, quiet())
     notes = edited.ledger.entries[-1].notes
     scores = notes["alpha_score"]
     assert len(scores) == 11
     assert notes["alpha"] == pytest.approx(scores.index(max(scores)) / 10)
+    whole = accuracy(tuned, roles.general, quiet()) / accuracy(before, roles.general, quiet())
+    assert scores[10] == pytest.approx(2 + whole)  # at alpha 1 the task is kept whole
     by_hand = LiNeS(alpha=notes["alpha"]).apply(tuned, Roles(), quiet())
     assert edited.digest() == by_hand.digest()
     with pytest.raises(PalimpsestError, match='lines with alpha auto needs the role "general"'):
         LiNeS(alpha="auto").apply(tuned, Roles(validation=data().retain), quiet())
+    with pytest.raises(PalimpsestError, match="the base tells nothing of general right"):
+        LiNeS(alpha="auto").apply(tuned, Roles(validation=data().retain, general=data().general[:1]), quiet())
 
 
 def test_classifiers_are_scaled_too():

@@ -59,3 +59,28 @@ def test_the_weights_of_a_role_add_up_to_its_token_mean(llama):
                 for micro, place in rows
             )
             assert not rows or weight == pytest.approx(1.0), tokens
+
+
+def test_means_over_records_are_those_of_the_step_however_it_is_cut(llama):
+    def objective(batch):
+        loss = torch.zeros(())
+        for role, weight in (("forget", -1.0), ("retain", 2.0)):
+            if role in batch:
+                view = getattr(batch, role)
+                loss = loss + weight * view.mean_examples(view.mean_nll)
+        return loss
+
+    small = dataclasses.replace(ONCE, micro_tokens=16)
+    whole = train(llama, pooled(llama), objective, ONCE, quiet())
+    parts = train(llama, pooled(llama, small), objective, small, quiet())
+    for name, weight in whole.network.state_dict().items():
+        torch.testing.assert_close(parts.network.state_dict()[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+def test_the_weights_of_a_role_add_up_to_its_mean_over_records(llama):
+    plan = pooled(llama, dataclasses.replace(ONCE, micro_tokens=16))
+    for step in plan.steps:
+        for role in ("forget", "retain"):
+            parts = [(micro.share / micro.even[role], len(micro.rows[role])) for micro in step if role in micro.rows]
+            count = sum(rows for _, rows in parts)
+            assert all(weight == pytest.approx(1 / count) for weight, _ in parts)

@@ -184,8 +184,13 @@ class LiNeS(Method):
     def _chosen(self, scaled: Callable[[float], Model], tuned: Model, before: Model, data: Roles, run: Run) -> float:
         """The alpha whose model keeps most of both: the new task (validation) and the control (general)."""
         target, control = (data.require(role, by="lines with alpha auto") for role in ("validation", "general"))
-        best = max(accuracy(tuned, target, run), 1e-9)
-        usual = max(accuracy(before, control, run), 1e-9)
+        best, usual = accuracy(tuned, target, run), accuracy(before, control, run)
+        for value, what in (
+            (best, "the model tells nothing of validation"),
+            (usual, "the base tells nothing of general"),
+        ):
+            if not value:
+                raise PalimpsestError(f"lines: {what} right, so that there is nothing to keep. Set alpha.")
         scores = []
         for alpha in run.track(TRIED, "choosing alpha"):
             model = scaled(alpha)
