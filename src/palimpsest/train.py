@@ -29,6 +29,7 @@ from palimpsest.models.loading import quiet_transformers
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.training.checkpoints import COMPLETE, job_folder, last_good
+from palimpsest.training.low_rank import named
 from palimpsest.training.precision import measured_precision, precision_of
 from palimpsest.training.schedule import Drawn, Micro, Schedule, schedule
 from palimpsest.training.settings import Training
@@ -82,6 +83,7 @@ def train(
     (`Training.micro_tokens`). `eval` trains the weights without either: no dropout, and the running averages are used
     and stay as they were.
     """
+    optimizer = optimizer or named(training)
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
     job = None if run.folder is None else job_folder(run.folder, model, plan, training, run)

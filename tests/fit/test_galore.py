@@ -47,6 +47,24 @@ def test_stepping_layer_by_layer_gives_the_same_model():
     assert whole.digest() == layered.digest()
 
 
+@pytest.mark.parametrize("name", ["galore", "galore-8bit"])
+def test_every_method_takes_it_by_name(name):
+    from palimpsest.erase.npo import NPO
+    from palimpsest.write.finetune import Finetune
+
+    llama, given, short = build_model("llama"), data(), dataclasses.replace(SHORT, max_steps=3, optimizer=name)
+    named = Finetune(training=short).apply(llama, given, quiet())
+    assert (
+        named.digest()
+        != Finetune(training=dataclasses.replace(short, optimizer="adamw")).apply(llama, given, quiet()).digest()
+    )
+    if name == "galore":
+        assert named.digest() == GaLore(training=short).apply(llama, given, quiet()).digest()
+    assert NPO(training=short).apply(llama, given, quiet()).digest() != llama.digest()
+    with pytest.raises(PalimpsestError, match="set lora_rank to 0"):
+        NPO(training=dataclasses.replace(short, lora_rank=2)).apply(llama, given, quiet())
+
+
 def test_what_layer_by_layer_cannot_do_is_refused():
     for training in (SHORT, dataclasses.replace(SHORT, max_grad_norm=1e9, micro_tokens=8)):
         with pytest.raises(PalimpsestError, match="in one piece and without clipping"):

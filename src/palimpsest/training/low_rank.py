@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
 from palimpsest.training.eight_bit import LEAST, Quantised
+from palimpsest.training.settings import Training
 
 Side = Literal["right", "left"]
 Moments = Literal["keep", "reset", "reproject"]
@@ -237,3 +238,21 @@ def galore_groups(network: nn.Module, rank: int, targets: Iterable[str] | None =
             own = None if id(weight) not in held else rank or max(1, _shorter(weight) // 4)
             by_rank.setdefault(own, []).append(weight)
     return [{"params": weights, "rank": own} for own, weights in by_rank.items()]
+
+
+def named(training: Training) -> Callable[[nn.Module, Training], torch.optim.Optimizer] | None:
+    """What makes the optimizer that the settings name, with the paper's defaults; None for the trainer's own AdamW."""
+    if training.optimizer == "adamw":
+        return None
+    if training.lora_rank:
+        raise PalimpsestError(f"optimizer {training.optimizer} trains the weights themselves: set lora_rank to 0.")
+
+    def make(network: nn.Module, training: Training) -> GaLoreAdamW:
+        return GaLoreAdamW(
+            galore_groups(network, 0),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            state_bits=8 if training.optimizer == "galore-8bit" else 32,
+        )
+
+    return make

@@ -28,6 +28,9 @@ class Training:
     max_length: int | None = setting(
         default=512, at_least=2, origin="OpenUnlearning", help="longest sequence, tokens; None: the model's"
     )
+    optimizer: Literal["adamw", "galore", "galore-8bit"] = setting(
+        default="adamw", origin="OpenUnlearning", help="galore: AdamW on projected gradients (see `fit galore`)"
+    )
     lora_rank: int = setting(
         default=0, at_least=0, origin="ours", help="0 trains all weights, else adapters of this rank, merged at the end"
     )
