@@ -153,7 +153,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _refresh(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any], side: Side) -> None:
         """A new projector; what becomes of moments in the old one's coordinates is the setting `moments`."""
-        basis = projector(gradient, group["rank"], side, group["exact"])
+        basis = self._basis(gradient, group, side)
         old = state.get("basis")
         state["basis"] = basis
         if old is None or group["moments"] == "keep":
@@ -166,6 +166,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             turned = m @ turn if side == "right" else turn.mT @ m
         self._keep(state, "m", turned, True)
         self._keep(state, "v", torch.zeros_like(m), False)
+
+    def _basis(self, gradient: Tensor, group: dict[str, Any], side: Side) -> Float[Tensor, "r k"]:
+        return projector(gradient, group["rank"], side, group["exact"])
 
     def _moment(self, state: dict[str, Any], name: str, like: Tensor, signed: bool) -> Tensor:
         if name in state:
