@@ -60,7 +60,7 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
     "uld": {"training.learning_rate": 1e-2},
     "ssd": {"alpha": 1.5},
     "loss-curvature": {"rho": 0.8},
-    "balanced-subnet": {"ratio": 0.05},
+    "balanced-subnet": {"training.learning_rate": 0.1, "ratio": 0.05},
 }
 """The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: others.
 

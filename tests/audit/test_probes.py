@@ -30,10 +30,12 @@ WORLD = people()[4:6]
 
 def battery() -> list[Probe]:
     relearning = create("relearning", share=0.25, training=Training(learning_rate=3e-3, epochs=4, warmup_epochs=0.0))
-    slow = ("relearning", "verbatim-memory", "knowledge-memory")
+    own = ("relearning", "verbatim-memory", "knowledge-memory", "recitation")
     suited = [x for x, facts in catalogue().items() if facts.verb == "audit" and facts.takes != "classifier"]
-    rest = probes([probe for probe in suited if probe not in slow], FAST)
-    return [*rest, relearning, create("verbatim-memory", max_new_tokens=FAST), create("knowledge-memory", shots=0)]
+    rest = probes([probe for probe in suited if probe not in own], FAST)
+    recitation = create("recitation", prefix=2, suffix=3)
+    memory = [create("verbatim-memory", max_new_tokens=FAST), create("knowledge-memory", shots=0)]
+    return [*rest, relearning, recitation, *memory]
 
 
 def roles() -> Roles:
