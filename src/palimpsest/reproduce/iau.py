@@ -27,7 +27,7 @@ from palimpsest.erase.retain_finetune import RetainFinetune
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.classifier import new_classifier
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, text, title_of, values
+from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, tabled, text
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.system import Method, Probe, system
@@ -119,7 +119,7 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 
 def judge(found: dict[float, Evidence]) -> Outcome:
     """The outcome that the evidence shows."""
-    tables = {a: _table(evidence) for a, evidence in found.items()}
+    tables = {a: tabled(evidence.models, METHODS, COLUMNS) for a, evidence in found.items()}
     together = {title: _joined([table[title] for table in tables.values()]) for title in ("before", "gold", *METHODS)}
     before, gold, iau = (together[title] for title in ("before", "gold", f"iau, rate {RATE:g}"))
     plain, restricted = (tables[a][f"iau, rate {RATE:g}"]["KL test"] for a in RESTRICTIONS)
@@ -148,14 +148,6 @@ def judge(found: dict[float, Evidence]) -> Outcome:
         f"one-step ascent; its KL is {text(ratios['KL forget'])} of the ascent's on the forget set and "
         f"{text(ratios['KL test'])} on test.",
     )
-
-
-def _table(evidence: Evidence) -> dict[str, dict[str, Seeds]]:
-    titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in evidence.models if title_of(model, METHODS) == title] for title in titles}
-    return {
-        title: {column: values(models, name) for column, name in COLUMNS.items()} for title, models in groups.items()
-    }
 
 
 def _joined(tables: list[dict[str, Seeds]]) -> dict[str, Seeds]:

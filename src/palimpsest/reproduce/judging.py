@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,16 @@ def title_of(model: ModelEvidence, methods: Mapping[str, Method]) -> str:
     """Which of the methods made the model, by its settings; else the model's own name."""
     made = (title for title, m in methods.items() if model.name == slug_of(m) and model.settings == to_dict(m))
     return next(made, model.name)
+
+
+Table = dict[str, dict[str, Seeds]]
+"""A number a seed by the title of a model and by column."""
+
+
+def tabled(models: Sequence[ModelEvidence], methods: Mapping[str, Method], columns: Mapping[str, str]) -> Table:
+    """The columns (their names, and what the values are called) of the models before, gold and of every method."""
+    groups = {title: [m for m in models if title_of(m, methods) == title] for title in ("before", "gold", *methods)}
+    return {title: {c: values(own, name) for c, name in columns.items()} for title, own in groups.items()}
 
 
 def text(numbers: Seeds) -> str:

@@ -27,7 +27,7 @@ from palimpsest.erase.loss_curvature import LossCurvature
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, title_of, values
+from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, tabled
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.system import Method, Probe, setting, system
@@ -219,8 +219,7 @@ def matched_curve(
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
     titled = {f"{name}/{i}": method for name, curve in CURVES.items() for i, method in enumerate(curve)}
-    groups = {t: [m for m in found.models if title_of(m, titled) == t] for t in ("before", *titled)}
-    numbers = {t: {c: values(models, c) for c in COLUMNS} for t, models in groups.items()}
+    numbers = tabled(found.models, titled, dict(zip(COLUMNS, COLUMNS, strict=True)))
     before = numbers["before"]
     matched = {
         name: matched_curve([before, *(numbers[f"{name}/{i}"] for i in range(len(curve)))], COLUMNS, "memorised")

@@ -24,7 +24,7 @@ from palimpsest.erase.loss_curvature import LossCurvature
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.harness import ATTRIBUTES, LEARNING, biographies, lands, new_model
-from palimpsest.reproduce.judging import above, at_least, row, title_of, values
+from palimpsest.reproduce.judging import above, at_least, row, tabled, values
 from palimpsest.reproduce.loss_curvature import Control, matched_curve
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
@@ -142,15 +142,15 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
     titled = {f"{name}/{i}": method for name, curve in CURVES.items() for i, method in enumerate(curve)}
-    groups = {t: [m for m in found.models if title_of(m, titled) == t] for t in ("before", *titled)}
-    numbers = {t: {c: values(models, c) for c in COLUMNS} for t, models in groups.items()}
+    numbers = tabled(found.models, titled, dict(zip(COLUMNS, COLUMNS, strict=True)))
     before = numbers["before"]
     curves = {
         name: matched_curve([before, *(numbers[f"{name}/{i}"] for i in range(len(curve)))], COLUMNS, "recited", MATCHED)
         for name, curve in CURVES.items()
     }
     kfac, svd, chance = (curves[name] for name in ("K-FAC", "singular values", "random directions"))
-    low, high = (values(groups["before"], f"ratio/forget/{band}") for band in ("bottom 50 %", "top 10 %"))
+    learned = [model for model in found.models if model.name == "before"]
+    low, high = (values(learned, f"ratio/forget/{band}") for band in ("bottom 50 %", "top 10 %"))
     checks = (
         at_least("before, at least 0.9 of the texts are recited", before["recited"], 0.9),
         at_least("K-FAC keeps as many facts as cutting singular values", kfac["facts"], svd["facts"]),

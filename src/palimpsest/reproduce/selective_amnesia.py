@@ -21,7 +21,7 @@ from palimpsest.erase.selective_amnesia import SelectiveAmnesia
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.harness import biographies
-from palimpsest.reproduce.judging import Seeds, above, at_least, at_most, below, row, title_of, values
+from palimpsest.reproduce.judging import above, at_least, at_most, below, row, tabled, values
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.tracing import PLACES, trace
@@ -84,12 +84,9 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
-    titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in found.models if title_of(model, METHODS) == title] for title in titles}
-    table: dict[str, dict[str, Seeds]] = {
-        title: {column: values(models, name) for column, name in COLUMNS.items()} for title, models in groups.items()
-    }
-    layer, place = (values(groups["before"], name) for name in ("peak_layer", "peak_place"))
+    table = tabled(found.models, METHODS, COLUMNS)
+    learned = [model for model in found.models if model.name == "before"]
+    layer, place = (values(learned, name) for name in ("peak_layer", "peak_place"))
     low, high, whole = (table[title] for title in ("low layers", "high layers", "gradient difference"))
     fixed = table["low layers, fixed weight"]
     checks = (
@@ -104,7 +101,7 @@ def judge(found: Evidence) -> Outcome:
         above("low layers beat high ones on world P", low["world P"], high["world P"]),
     )
     return Outcome(
-        rows=[row(title, table[title]) for title in titles],
+        rows=[row(title, columns) for title, columns in table.items()],
         checks=checks,
         note="Where the adaptive and the fixed weight give the same figures, the retain loss never rose above its "
         "first epoch's by the 0.16 that it takes: that part of the claim is then not put to the test.",

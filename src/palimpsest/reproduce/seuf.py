@@ -26,7 +26,7 @@ from palimpsest.models.hooks import Call, watch
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.harness import word_tokenizer
-from palimpsest.reproduce.judging import Seeds, above, at_least, at_most, row, title_of, values
+from palimpsest.reproduce.judging import Seeds, above, at_least, at_most, row, tabled
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.experts import routing, routing_overlap
@@ -227,11 +227,7 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
-    titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in found.models if title_of(model, METHODS) == title] for title in titles}
-    table: dict[str, dict[str, Seeds]] = {
-        title: {column: values(models, column) for column in COLUMNS} for title, models in groups.items()
-    }
+    table = tabled(found.models, METHODS, dict(zip(COLUMNS, COLUMNS, strict=True)))
     seuf, whole, chance, least = (
         table[title] for title in ("seuf", "all weights", "random expert", "least used expert")
     )
@@ -244,7 +240,7 @@ def judge(found: Evidence) -> Outcome:
         at_least("its utility is within 2 points of all weights", seuf["utility"], whole["utility"] - 0.02),
     )
     return Outcome(
-        rows=[row(title, table[title]) for title in titles],
+        rows=[row(title, columns) for title, columns in table.items()],
         checks=checks,
         note="That one expert is 5 % of the weights is how this model is built and says nothing.",
     )

@@ -27,7 +27,7 @@ from palimpsest.erase.ssd import SSD, factors
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.classifier import LEARNING, new_classifier
-from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, text, title_of, values
+from palimpsest.reproduce.judging import Seeds, at_least, at_most, row, tabled, text, values
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
 from palimpsest.statistics.fisher import diagonal_fisher
@@ -166,16 +166,13 @@ def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
 
 def judge(found: Evidence) -> Outcome:
     """The outcome that the evidence shows."""
-    titles = ("before", "gold", *METHODS)
-    groups = {title: [model for model in found.models if title_of(model, METHODS) == title] for title in titles}
-    table: dict[str, dict[str, Seeds]] = {
-        title: {column: values(models, name) for column, name in COLUMNS.items()} for title, models in groups.items()
-    }
+    table = tabled(found.models, METHODS, COLUMNS)
     before, gold, ssd, random, smallest = (
         table[title] for title in ("before", "gold", CHOSEN, "random weights", "smallest weights")
     )
     by_class, shuffled = (table[f"ssd, mini-batches {order}"] for order in ("sorted by class", "shuffled"))
-    seconds = {name: values(groups["before"], f"{name}_seconds") for name in ("learning", "importance", "deletion")}
+    learned = [model for model in found.models if model.name == "before"]
+    seconds = {name: values(learned, f"{name}_seconds") for name in ("learning", "importance", "deletion")}
     gone, kept, gap = "forget (test)", "retain (test)", abs(ssd["called members"] - gold["called members"])
     checks = (
         at_most("SSD leaves at most 0.05 forget accuracy on test images", ssd[gone], 0.05),
@@ -191,7 +188,7 @@ def judge(found: Evidence) -> Outcome:
     )
     spent = {name: f"{text(x)} s" for name, x in seconds.items()}
     return Outcome(
-        rows=[row(title, table[title]) for title in titles],
+        rows=[row(title, columns) for title, columns in table.items()],
         checks=checks,
         note=f"Learning took {spent['learning']}, the importances of all training data {spent['importance']} once, a "
         f"deletion with them stored {spent['deletion']}. The checks on mini-batches were added after a first run of "
