@@ -20,6 +20,7 @@ from torch import Tensor
 
 from palimpsest.data.labelled import Labelled
 from palimpsest.data.records import Record
+from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.statistics.examples import Examples, evaluating
@@ -66,9 +67,21 @@ class Predictions:
     @property
     def margin(self) -> Float[Tensor, " examples"]:
         """How far the right label leads over all others together, nats."""
-        right = self.logits.gather(1, self.labels[:, None])
-        others = self.logits.scatter(1, self.labels[:, None], -torch.inf)
-        return right[:, 0] - others.logsumexp(-1)
+        return margins(self.logits, self.labels)
+
+
+def margins(
+    logits: Float[Tensor, "*models examples labels"], labels: Int[Tensor, " examples"]
+) -> Float[Tensor, "*models examples"]:
+    """How far the right label of each example leads over all others together, nats; raises where there is no other."""
+    if logits.shape[-1] < 2:
+        raise PalimpsestError("a margin needs at least two labels: there is no other one to lead over.")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[-1]:
+        wrong = next(label for label in labels.tolist() if not 0 <= label < logits.shape[-1])
+        raise PalimpsestError(f"there is a label {wrong}, expected 0 to {logits.shape[-1] - 1}.")
+    places = labels.to(logits.device).expand(logits.shape[:-1])[..., None]
+    others = logits.scatter(-1, places, -torch.inf)
+    return logits.gather(-1, places)[..., 0] - others.logsumexp(-1)
 
 
 @torch.no_grad()
