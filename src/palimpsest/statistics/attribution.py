@@ -109,16 +109,16 @@ class Datamodel:
             raise PalimpsestError(
                 f"the forget set has {len(records)} records, more than the {len(self.train)} of the training data."
             )
-        names, held = names_of(records), Counter(self.train)
+        names = names_of(records)
+        asked, held = Counter(names), Counter(self.train)
         for record, name in zip(records, names, strict=True):
-            if names.count(name) > held[name]:
+            if asked[name] > held[name]:
                 found = f"{held[name]} times" if held[name] else "not"
                 raise PalimpsestError(
-                    f'the forget record "{record.title}" ({names.count(name)} times in the forget set) is {found} '
+                    f'the forget record "{record.title}" ({asked[name]} times in the forget set) is {found} '
                     "in the training data."
                 )
-        wanted = set(names)
-        return torch.tensor([row for row, name in enumerate(self.train) if name in wanted], dtype=torch.long)
+        return torch.tensor([row for row, name in enumerate(self.train) if name in asked], dtype=torch.long)
 
     def known(self, records: Sequence[Record]) -> Int[Tensor, " records"]:
         """Which points these records are; raises, naming the first, where one is not among them."""
