@@ -29,7 +29,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -40,9 +39,9 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.detector import Detector, probability
 from palimpsest.models.encoder import SentenceEncoder, sentence_encoder
 from palimpsest.models.hooks import capture
-from palimpsest.models.mixture import _member_config
 from palimpsest.models.restriction import Decision, Forbidden, Guarding, Restriction
 from palimpsest.models.wording import Watcher, Wording
+from palimpsest.models.wrapping import WrapperConfig, config_of
 from palimpsest.system import replace, to_dict
 
 Features = Literal["hidden", "encoder"]
@@ -50,7 +49,7 @@ FIRST = 0
 """The detector of the items that the guard was made with; those added later have detectors of their own."""
 
 
-class GuardedConfig(PreTrainedConfig):
+class GuardedConfig(WrapperConfig):
     """Config of the network inside, settings, index and the detectors' thresholds; sizes are the network's."""
 
     model_type = "palimpsest_guarded"
@@ -65,14 +64,6 @@ class GuardedConfig(PreTrainedConfig):
     encoder: str = ""
     encoder_width: int = 0
     kept_prompts: int = 0
-    vocab_size: int = 0
-    hidden_size: int = 0
-    num_hidden_layers: int = 0
-    max_position_embeddings: int | None = None
-    sliding_window: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
 
 
 class GuardedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -95,7 +86,7 @@ class GuardedForCausalLM(PreTrainedModel, GenerationMixin):
         if network is None:
             how: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": False}
             how |= {"attn_implementation": attention} if attention else {}
-            network = AutoModelForCausalLM.from_config(_member_config(config.network or {}), **how)
+            network = AutoModelForCausalLM.from_config(config_of(config.network or {}), **how)
         self.unguarded = network
         self.detectors = nn.ModuleList(Detector(config.width, each["hidden"]) for each in config.detectors or ())
         self.register_buffer("index", torch.zeros(len(config.items or ()), config.encoder_width))

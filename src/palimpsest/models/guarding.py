@@ -29,10 +29,10 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.detector import Calibration, Detector, Fitting, fit, penultimate_block, prompt_states
 from palimpsest.models.encoder import SentenceEncoder
 from palimpsest.models.guarded import FIRST, Features, GuardedConfig, GuardedForCausalLM
-from palimpsest.models.mixture import _sizes
 from palimpsest.models.model import Model
 from palimpsest.models.restriction import Guarding
 from palimpsest.models.wording import Wording
+from palimpsest.models.wrapping import sizes_of
 from palimpsest.run import Run
 from palimpsest.system import setting, settings, to_dict
 
@@ -199,7 +199,7 @@ def assemble(
         encoder=encoder.name,
         encoder_width=encoder.width,
         kept_prompts=len(taught.kept),
-        **{**_sizes([network.config.get_text_config()]), "num_hidden_layers": network.config.num_hidden_layers},
+        **{**sizes_of([network.config.get_text_config()]), "num_hidden_layers": network.config.num_hidden_layers},
     )
     guarded = GuardedForCausalLM(config, network)
     guarded.detectors[FIRST].load_state_dict(taught.detector.state_dict())

@@ -18,7 +18,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -39,10 +38,11 @@ from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.models.combination import RULES, Rule
 from palimpsest.models.hooks import capture
 from palimpsest.models.model import Model
+from palimpsest.models.wrapping import WrapperConfig, config_of, sizes_of
 from palimpsest.system import replace, to_dict
 
 
-class MixtureConfig(PreTrainedConfig):
+class MixtureConfig(WrapperConfig):
     """Names and configs of the members, the rule with its settings, and the tensors that members share.
 
     Sizes are those that the rest of the library asks a language model for: the first member's, or what all can do.
@@ -55,14 +55,6 @@ class MixtureConfig(PreTrainedConfig):
     rule: str = "difference"
     settings: dict[str, Any] | None = None
     shared: dict[str, str] | None = None
-    vocab_size: int = 0
-    hidden_size: int = 0
-    num_hidden_layers: int = 0
-    max_position_embeddings: int | None = None
-    sliding_window: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
 
     def combination(self) -> Rule:
         """The rule with its settings; unknown ones raise."""
@@ -108,7 +100,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             how: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": False}
             how |= {"attn_implementation": attention} if attention else {}
             members = {
-                name: AutoModelForCausalLM.from_config(_member_config(saved), **how)
+                name: AutoModelForCausalLM.from_config(config_of(saved), **how)
                 for name, saved in zip(config.names or (), config.members or (), strict=True)
             }
         for name, member in members.items():
@@ -303,11 +295,6 @@ def _positions(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
-def _member_config(saved: Mapping[str, Any]) -> Any:
-    fields = {name: value for name, value in saved.items() if name not in ("model_type", "transformers_version")}
-    return AutoConfig.for_model(saved["model_type"], **fields)
-
-
 AutoConfig.register(MixtureConfig.model_type, MixtureConfig, exist_ok=True)
 AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM, exist_ok=True)
 
@@ -338,7 +325,7 @@ def mixture(rule: Rule, **members: Model) -> Model:
         rule=rule.name,
         settings=to_dict(rule),
         shared=shared,
-        **_sizes([base.config.get_text_config(), other.config.get_text_config()]),
+        **sizes_of([base.config.get_text_config(), other.config.get_text_config()]),
     )
     network = MixtureForCausalLM(config, {name: model.network for name, model in members.items()})
     network.generation_config = copy.deepcopy(base.generation_config)
@@ -360,22 +347,6 @@ def _check_open(name: str, network: Any) -> None:
             f"{name} is guarded: what it says cannot be combined with another network's. Use the network inside it "
             "(`network.unguarded`), and guard the result."
         )
-
-
-def _sizes(configs: Sequence[Any]) -> dict[str, Any]:
-    first = configs[0]
-
-    def least(field: str) -> Any:
-        return min((x for config in configs if (x := getattr(config, field, None))), default=None)
-
-    return {
-        "vocab_size": first.vocab_size,
-        "hidden_size": first.hidden_size,
-        "num_hidden_layers": sum(getattr(config, "num_hidden_layers", 0) for config in configs),
-        "max_position_embeddings": least("max_position_embeddings"),
-        "sliding_window": least("sliding_window"),
-        **{field: getattr(first, field, None) for field in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    }
 
 
 def _check_alike(first_name: str, first: Model, second_name: str, second: Model) -> None:
