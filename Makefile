@@ -20,8 +20,9 @@ help:
 demo: $(VENV)/.stamp-test
 	$(BIN)/palimpsest demo --out palimpsest-demo
 
+# A worker a core, up to four; the models are so small that more threads in one worker are no faster.
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check

@@ -18,7 +18,8 @@ from palimpsest.erase.uld import ULD
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.combination import Difference
 from palimpsest.models.generation import continue_tokens, greedy_answers
-from palimpsest.models.guarded import GuardedConfig, GuardedForCausalLM
+from palimpsest.models.guard_index import GuardedConfig
+from palimpsest.models.guarded import GuardedForCausalLM
 from palimpsest.models.hooks import no_hooks_left
 from palimpsest.models.loading import load
 from palimpsest.models.mixture import mixture

@@ -33,7 +33,8 @@ from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.detector import Fitting
 from palimpsest.models.encoder import DEFAULT, sentence_encoder
-from palimpsest.models.guarded import Features, GuardedForCausalLM
+from palimpsest.models.guard_index import Features
+from palimpsest.models.guarded import GuardedForCausalLM
 from palimpsest.models.guarding import (
     Prompts,
     Reader,

@@ -28,7 +28,8 @@ from palimpsest.data.records import Record, as_records
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.detector import Calibration, Detector, Fitting, fit, penultimate_block, prompt_states
 from palimpsest.models.encoder import SentenceEncoder
-from palimpsest.models.guarded import FIRST, Features, GuardedConfig, GuardedForCausalLM
+from palimpsest.models.guard_index import FIRST, Features, GuardedConfig
+from palimpsest.models.guarded import GuardedForCausalLM
 from palimpsest.models.model import Model
 from palimpsest.models.restriction import Guarding
 from palimpsest.models.wording import Wording
