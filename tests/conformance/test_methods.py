@@ -24,6 +24,7 @@ from palimpsest.run import Run
 from palimpsest.system import catalogue, create, facts_of, slug_of, to_dict
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
+from palimpsest.write.train_lm import Size
 from pictured import pictures
 
 SLUGS = [slug for slug, facts in catalogue().items() if facts.verb in ("write", "keep", "erase", "fit")]
@@ -47,10 +48,11 @@ def start(tmp_path_factory):
 
 
 def tiny(slug: str) -> Any:
-    """The method with every training that it does made short."""
+    """The method with every training that it does made short, and every network that it makes small."""
     method = create(slug)
-    trainings = [f.name for f in dataclasses.fields(method) if isinstance(getattr(method, f.name), Training)]
-    return create(slug, **{f"{field}.{name}": value for field in trainings for name, value in TINY.items()})
+    shorter = {Training: TINY, Size: {"layers": 2, "width": 16, "heads": 2}}
+    fields = {field.name: shorter.get(type(getattr(method, field.name)), {}) for field in dataclasses.fields(method)}
+    return create(slug, **{f"{field}.{name}": value for field, less in fields.items() for name, value in less.items()})
 
 
 def known(model: Model) -> Roles:

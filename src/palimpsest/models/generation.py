@@ -69,7 +69,8 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 
 def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.device) -> Any:
     """The network's key-value cache after the beginning, for a batch; None where there is nothing to share."""
-    if not beginning or not getattr(network, "_supports_default_dynamic_cache", lambda: True)():
+    shares = getattr(network, "keeps_own_cache", False)
+    if not beginning or not (shares or getattr(network, "_supports_default_dynamic_cache", lambda: True)()):
         return None
     ids = torch.tensor([list(beginning)], device=device)
     cache = network(input_ids=ids, use_cache=True).past_key_values  # the network knows what kind of cache it keeps

@@ -105,6 +105,7 @@ def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code
     from transformers import AutoConfig
 
     import palimpsest.models.guarded
+    import palimpsest.models.memory_lm
     import palimpsest.models.mixture  # noqa: F401  makes their kinds of network known to transformers
 
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32

@@ -1,0 +1,206 @@
+"""Trains a language model with a memory of its own kind from a text corpus.
+
+For comparing memories: the same small decoder, the same tokens, another token mixer (`palimpsest.models.memory_lm`).
+The texts of the role `train` are joined, with the end mark between them, and cut into windows of `length` tokens that
+overlap by one, so that every token but the very first is predicted once; records that are no plain texts are sequences
+of their own. Perplexity is measured on the role `validation`, or on the last windows, which are then not trained on.
+
+The given model lends its tokenizer and nothing else. With `vocabulary`, a byte-level BPE tokenizer of that size is made
+from the corpus instead, which a small model is better served by.
+
+    loss = mean token NLL + penalty_weight * sum of the mixers' penalties;   PPL = exp(mean token NLL)
+
+Sources: the decoder, Touvron et al. 2023 (arXiv 2302.13971), its mixer exchanged; byte-level BPE, Radford et al. 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from palimpsest.data.encoding import Encoded, Encoder
+from palimpsest.data.records import Record, Roles
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.statistics.likelihood import sequence_nll
+from palimpsest.system import Method, setting, settings, system
+from palimpsest.train import Training, schedule, train
+
+
+@settings
+class Size:
+    """How large the model is."""
+
+    layers: int = setting(default=4, at_least=1, origin="ours", help="blocks")
+    width: int = setting(default=256, at_least=2, origin="ours", help="numbers a token")
+    heads: int = setting(default=4, at_least=1, origin="ours", help="heads of the token mixer")
+    inner: int | None = setting(
+        default=None,
+        at_least=1,
+        origin="Touvron et al. 2023",
+        help="width of the channel mixer; None: 8/3 of the width",
+    )
+
+
+@settings
+class Corpus:
+    """How texts become windows of tokens."""
+
+    length: int = setting(default=256, at_least=2, origin="ours", help="tokens a window")
+    vocabulary: int | None = setting(
+        default=None, at_least=300, origin="ours", help="size of a tokenizer made from the texts; None: the model's"
+    )
+    held_out: float = setting(
+        default=0.05, at_least=0, below=1, origin="ours", help="share of windows to measure on, without validation data"
+    )
+
+
+TRAINING = Training(
+    learning_rate=1e-3,
+    epochs=1,
+    batch_size=16,
+    weight_decay=0.01,
+    warmup_epochs=0.05,
+    decay="cosine",
+    micro_tokens=4096,
+)
+
+
+@system(
+    "train-lm",
+    verb="write",
+    title="A language model trained from scratch, its memory a choice",
+    paper="",
+    needs={"train"},
+    uses={"validation"},
+    fidelity="standard practice",
+)
+class TrainLM(Method):
+    """Trains the decoder of `palimpsest.models.memory_lm` with the named token mixer on the role `train`."""
+
+    mixer: str = setting(
+        default="gated-delta",
+        origin="ours",
+        help="token mixer: attention, linear-attention, gated-linear-attention, delta, gated-delta, mom, titans-*",
+    )
+    window: int | None = setting(
+        default=None, at_least=1, origin="ours", help="how many tokens attention looks back; None: all (attention only)"
+    )
+    size: Size = setting(default=Size(), origin="ours", help="how large the model is")
+    corpus: Corpus = setting(default=Corpus(), origin="ours", help="how texts become windows")
+    training: Training = setting(default=TRAINING, origin="ours", help="how to train")
+
+    def apply(self, model: Model, data: Roles, run: Run) -> Model:
+        """The new model; perplexity over the steps is in its ledger entry."""
+        if self.window is not None and self.mixer != "attention":
+            raise PalimpsestError(f"window is a setting of attention; the mixer is {self.mixer}. Leave it out.")
+        chosen = {} if self.window is None else {"window": self.window}
+        return trained_memory(self, model, data, run, self.mixer, chosen)
+
+
+def trained_memory(
+    method: Any, model: Model, data: Roles, run: Run, mixer: str, chosen: dict[str, Any], penalty_weight: float = 0.0
+) -> Model:
+    """A new memory language model, trained as the fields of `TrainLM` say, which `method` has too."""
+    from palimpsest.models.memory_lm import MemoryForCausalLM, MemoryLMConfig
+
+    size, corpus, training = method.size, method.corpus, method.training
+    processor = model.processor
+    if corpus.vocabulary is not None:
+        processor = byte_pairs(data.train, corpus.vocabulary, model.tokenizer)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config = MemoryLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.inner,
+        mixer=mixer,
+        mixer_settings=chosen,
+        penalty_weight=penalty_weight,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    network: Any = MemoryForCausalLM(config)
+    student = Model(network, processor).to(run.torch_device())
+    learned, measured = _split(student, data, corpus)
+    plan = schedule(student, training, run, train=learned)
+    trained = train(
+        student,
+        plan,
+        lambda batch: batch.train.cross_entropy + network.penalty(),
+        training,
+        run.replace(in_place=True, stop=_watch(measured, len(plan.steps), run)),
+        label=f"training {mixer}",
+    )
+    run.note(tokens=sum(len(window.targets) for window in learned) * training.epochs, parameters=trained.parameters)
+    return trained
+
+
+def perplexity(model: Model, sequences: Sequence[Encoded], run: Run) -> float:
+    """exp of the mean negative log-likelihood a token."""
+    nll = sequence_nll(model, sequences, run.replace(progress=False))
+    return math.exp(float(nll.sum()) / sum(len(sequence.targets) for sequence in sequences))
+
+
+def windows(model: Model, records: Sequence[Record], length: int) -> list[Encoded]:
+    """The texts joined and cut into windows of `length` predicted tokens; other records as they are, cut to length."""
+    encoder = Encoder.of(model, length + 1)
+    joined: list[int] = []
+    for record in records:
+        if record.text is not None:
+            joined += [*model.tokenizer(record.text, add_special_tokens=False)["input_ids"], encoder.eos]
+    found = [tuple(joined[i : i + length + 1]) for i in range(0, max(0, len(joined) - 1), length)]
+    cut = [Encoded(tokens, 1, index) for index, tokens in enumerate(found)]
+    return cut + [encoder.record(r, len(cut) + i) for i, r in enumerate(x for x in records if x.text is None)]
+
+
+def _split(model: Model, data: Roles, corpus: Corpus) -> tuple[list[Encoded], list[Encoded]]:
+    """What is trained on, and what perplexity is measured on."""
+    learned = windows(model, data.train, corpus.length)
+    if not learned:
+        raise PalimpsestError("the texts of the role train have fewer than two tokens.")
+    if "validation" in data:
+        return learned, windows(model, data.validation, corpus.length)
+    kept = max(1, len(learned) - round(corpus.held_out * len(learned)))
+    return learned[:kept], learned[kept:]
+
+
+def _watch(measured: Sequence[Encoded], steps: int, run: Run, points: int = 10) -> Any:
+    """Measures perplexity at a few steps, the last among them; asks the run's own question, too."""
+    at = {round(steps * (i + 1) / points) for i in range(points)}
+    curve: list[float] = []
+
+    def stop(step: int, model: Model) -> bool:
+        if measured and step in at:
+            with torch.random.fork_rng(devices=[]):
+                curve.append(perplexity(model, measured, run))
+            run.note(validation_perplexity=list(curve), final_perplexity=curve[-1])
+        return bool(run.stop is not None and run.stop(step, model))
+
+    return stop
+
+
+def byte_pairs(records: Sequence[Record], size: int, like: Any) -> Any:
+    """A byte-level BPE tokenizer of at most `size` tokens from the texts, with the marks that `like` uses."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [text for record in records for text in (record.text, record.prompt, record.answer) if text]
+    marks = {name: str(mark) for name in ("eos_token", "bos_token", "pad_token") if (mark := getattr(like, name))}
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=sorted(set(marks.values())),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
