@@ -118,7 +118,8 @@ class Block(nn.Module):
         if config.channel not in CHANNELS:
             raise PalimpsestError(f"there is no channel mixer {config.channel!r}. {nearest(config.channel, CHANNELS)}")
         self.mixer_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.mlp_norm = self.mlp = None
+        self.mlp_norm: Any = None
+        self.mlp: Any = None
         if (channel := CHANNELS[config.channel]) is not None:
             self.mlp_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
             self.mlp = channel(width, config.intermediate_size or 8 * width // 3)

@@ -1,0 +1,104 @@
+"""A deeper network that computes exactly what it did: blocks are copied, and the copies begin as nothing.
+
+A copy stands directly after its block, with the outputs of its attention and of its MLP set to zero, so that a residual
+block adds nothing and its output is its input, bit for bit. Training then uses the room without having lost anything.
+
+Sources: function-preserving expansion of depth, Wu et al. 2024 (LLaMA-Pro, arXiv 2401.02415), Zhang et al. 2025 (ADEPT,
+arXiv 2510.10071).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import Part, anatomy
+from palimpsest.statistics.examples import evaluating
+
+
+@torch.no_grad()
+def expand(network: Any, layers: Sequence[int]) -> list[str]:
+    """Puts a copy that does nothing after each of these blocks, in place; the names of the copies, in order.
+
+    Raises where a block is named twice or is not there, where a block does not have one attention output and MLP
+    outputs to silence, and where the deeper network does not compute the same (its blocks are not plain residuals).
+    """
+    blocks = anatomy(network).blocks()
+    chosen = [layer + len(blocks) if layer < 0 else layer for layer in layers]
+    if len(set(chosen)) < len(chosen):
+        raise PalimpsestError(f"a block is named twice in {list(layers)}.")
+    if outside := [layer for layer in chosen if not 0 <= layer < len(blocks)]:
+        raise PalimpsestError(f"there is no block {outside[0]}: {type(network).__name__} has {len(blocks)}.")
+    if not chosen:
+        return []
+    parent = blocks[0].path.rpartition(".")[0]
+    container = network.get_submodule(parent)
+    if not isinstance(container, nn.ModuleList) or len(container) != len(blocks):
+        raise PalimpsestError(f"the blocks of {type(network).__name__} are not in one list: they cannot be copied.")
+    expected = _logits(network)
+    deeper: list[nn.Module] = []
+    copies: list[int] = []
+    for layer, block in enumerate(container):
+        deeper.append(block)
+        if layer in chosen:
+            copies.append(len(deeper))
+            deeper.append(copy.deepcopy(block))
+    holder, _, name = parent.rpartition(".")
+    setattr(network.get_submodule(holder), name, nn.ModuleList(deeper))
+    _describe(network, len(container), set(chosen), deeper)
+    _silence(network, copies)
+    if not torch.equal(_logits(network), expected):
+        raise PalimpsestError(
+            f"copies that begin as nothing change what {type(network).__name__} computes: its blocks are not plain "
+            "residual blocks."
+        )
+    return [f"{parent}.{place}" for place in copies]
+
+
+def _logits(network: Any) -> torch.Tensor:
+    """What the network says to a few tokens."""
+    size = network.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 9, device=next(network.parameters()).device)[None] % size
+    with evaluating(network):
+        return network(input_ids=tokens, use_cache=False).logits
+
+
+def _describe(network: Any, before: int, chosen: set[int], deeper: Sequence[nn.Module]) -> None:
+    """Tells the config and the blocks how many there are; lists with an entry a block get the block's for its copy."""
+    config = network.config.get_text_config()
+    for name, value in vars(config).copy().items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, [x for i, x in enumerate(value) for _ in range(1 + (i in chosen))])
+    config.num_hidden_layers = len(deeper)
+    for place, block in enumerate(deeper):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = place  # type: ignore[assignment]
+
+
+def _silence(network: Any, copies: Sequence[int]) -> None:
+    """Sets what the copies' attention and MLP give out to zero."""
+    parts = anatomy(network)
+    for place in copies:
+        for role, most in (("attention_output", 1), ("mlp_down", None)):
+            found = [part for part in parts.find(role) if part.layer == place]
+            if not found or (most is not None and len(found) > most):
+                raise PalimpsestError(
+                    f"block {place} of {type(network).__name__} has {len(found)} parts of the role {role}, expected "
+                    f"{'one' if most else 'at least one'}."
+                )
+            for part in found:
+                for tensor in _outputs(part):
+                    tensor.zero_()
+
+
+def _outputs(part: Part) -> list[torch.Tensor]:
+    """The weights of a part, and its bias, which would come out of a silenced layer, too."""
+    bias = getattr(part.module, "bias", None) if part.expert is None else None
+    extra = [bias] if isinstance(bias, torch.Tensor) else []
+    return [*part.tensors().values(), *extra]

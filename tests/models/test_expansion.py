@@ -1,0 +1,82 @@
+"""Deeper networks that compute the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conftest import CAUSAL_LMS, build_model
+from palimpsest.errors import PalimpsestError
+from palimpsest.models.anatomy import anatomy
+from palimpsest.models.expansion import expand
+from palimpsest.models.loading import load
+from palimpsest.models.memory_lm import MemoryForCausalLM, MemoryLMConfig
+
+
+@pytest.mark.parametrize("architecture", CAUSAL_LMS)
+def test_the_deeper_network_computes_the_same_bit_for_bit(architecture, tokens, tmp_path):
+    model = build_model(architecture)
+    with torch.no_grad():
+        before = model(tokens).logits
+        asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        said = model.generate(tokens, **asked)
+        copied = expand(model.network, [0, 1])
+        assert torch.equal(model(tokens).logits, before)
+        assert torch.equal(model.generate(tokens, **asked), said)  # the cache knows the new places
+        again = load(model.save_pretrained(tmp_path / "deeper"))
+        assert torch.equal(again(tokens).logits, before)
+    assert [name.rpartition(".")[2] for name in copied] == ["1", "3"]
+    assert again.network.config.get_text_config().num_hidden_layers == 4
+
+
+def test_a_copy_stands_after_its_block_and_equals_it_but_for_what_it_gives_out():
+    network = build_model("llama").network
+    originals = list(network.model.layers)
+    assert expand(network, [-1]) == ["model.layers.2"]
+    assert list(network.model.layers)[:2] == originals
+    block, made = originals[1].state_dict(), network.model.layers[2].state_dict()
+    silent = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    assert all(torch.equal(made[name], block[name]) != (name in silent) for name in block)
+    assert not any(made[name].any() for name in silent)
+    assert [layer.self_attn.layer_idx for layer in network.model.layers] == [0, 1, 2]
+
+
+def test_the_order_is_that_of_the_paper():
+    network = MemoryForCausalLM(MemoryLMConfig(num_hidden_layers=4, hidden_size=16, mixer="gated-delta"))
+    for number, block in enumerate(network.layers):
+        block.number = number
+    with pytest.raises(PalimpsestError, match="parts of the role attention_output"):
+        expand(copy.deepcopy(network), [1, 3])
+    network = build_model("llama").network
+    for number, block in enumerate(network.model.layers):
+        block.number = number
+    expand(network, [0, 1])
+    assert [block.number for block in network.model.layers] == [0, 0, 1, 1]
+
+
+def test_biases_are_silenced_too(tokens):
+    model = build_model("gpt2")
+    with torch.no_grad():
+        for part in anatomy(model.network).find("mlp_down"):
+            part.module.bias.fill_(0.3)
+        before = model(tokens).logits
+        expand(model.network, [1])
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_no_block_changes_nothing():
+    model = build_model("llama")
+    before = model.digest()
+    assert expand(model.network, []) == []
+    assert (model.digest(), model.network.config.num_hidden_layers) == (before, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([0, -2], "named twice"), ([2], "there is no block 2: LlamaForCausalLM has 2"), ([-3], "no block")],
+)
+def test_blocks_that_are_not_there_are_named(layers, words):
+    with pytest.raises(PalimpsestError, match=words):
+        expand(build_model("llama").network, layers)
