@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,12 @@ class RecallTask:
     distance: Int[Tensor, "n t"]
     vocabulary: int
 
-    @property
+    @cached_property
     def scored(self) -> Bool[Tensor, "n t"]:
         """The tokens that memory decides."""
         return self.distance > 0
 
-    @property
+    @cached_property
     def first(self) -> int:
         """The first scored position of any sequence."""
         return int(self.scored.any(0).nonzero()[0])

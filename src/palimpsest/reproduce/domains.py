@@ -1,0 +1,89 @@
+"""Real texts for what keeps a model: a new domain to learn (GSM8K), and text that it should not forget (WikiText-2).
+
+Read from the folder that `PALIMPSEST_DATA` names (`gsm8k/test.jsonl`, `wikitext2/valid.txt` and `test.txt`), else from
+the hub. Pieces are drawn from the seed; what is measured on is never learned or probed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from palimpsest.data.encoding import Encoded, Encoder
+from palimpsest.data.records import Record, Roles
+from palimpsest.models.model import Model
+from palimpsest.run import Run
+from palimpsest.statistics.likelihood import score
+
+LENGTH = 128
+"""Tokens of a piece, at most."""
+WORDS = (50, 120)
+"""How long a paragraph of WikiText must be."""
+
+Source = Literal["gsm8k", "wikitext-valid", "wikitext-test"]
+
+
+def texts(source: Source) -> list[str]:
+    """Problems with their solutions, or paragraphs."""
+    folder = os.environ.get("PALIMPSEST_DATA")
+    if source == "gsm8k":
+        if folder:
+            lines = Path(folder, "gsm8k", "test.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+        else:
+            from datasets import load_dataset
+
+            rows = list(load_dataset("openai/gsm8k", "main", split="test"))
+        return [f"{row['question']}\n{row['answer']}" for row in rows]
+    part = source.partition("-")[2]
+    if folder:
+        paragraphs = Path(folder, "wikitext2", f"{part}.txt").read_text(encoding="utf-8").splitlines()
+    else:
+        from datasets import load_dataset
+
+        split = {"valid": "validation"}.get(part, part)
+        paragraphs = load_dataset("Salesforce/wikitext", "wikitext-2-v1", split=split)["text"]
+    return [text.strip() for text in paragraphs if WORDS[0] <= len(text.split()) <= WORDS[1] and " = " not in text]
+
+
+def domain_roles(seed: int, learn: int, measure: int, probe: int) -> Roles:
+    """`train` and `domain` from GSM8K, `general` to probe with and `kept` to measure on from WikiText-2."""
+    rng = np.random.default_rng([seed, learn])
+    problems, before, after = (texts(name) for name in ("gsm8k", "wikitext-valid", "wikitext-test"))
+    order = rng.permutation(len(problems))
+
+    def drawn(pool: list[str], at: np.ndarray) -> list[Record]:
+        return [Record(text=pool[i]) for i in at]
+
+    return Roles(
+        train=drawn(problems, order[measure : measure + learn]),
+        domain=drawn(problems, order[:measure]),
+        general=drawn(before, rng.permutation(len(before))[:probe]),
+        kept=drawn(after, rng.permutation(len(after))[:measure]),
+    )
+
+
+class Losses:
+    """Mean negative log-likelihood a token, nats, on the new domain and on the text to keep."""
+
+    def __init__(self, model: Model, data: Roles, run: Run) -> None:
+        encoder = Encoder.of(model, LENGTH)
+        self.sequences: dict[str, list[Encoded]] = {role: encoder.records(data[role]) for role in ("domain", "kept")}
+        self.run = run.replace(progress=False)
+
+    def __call__(self, model: Model) -> tuple[float, float]:
+        """Of the domain, and of what is to be kept."""
+        found = (score(model, sequences, self.run) for sequences in self.sequences.values())
+        domain, kept = (-float(each.log_prob.mean()) for each in found)
+        return domain, kept
+
+
+def at_equal_domain_loss(curve: np.ndarray, level: float) -> float:
+    """What is kept where a curve of (domain, kept) losses reaches this domain loss; nan where it never does."""
+    order = np.argsort(curve[:, 0])
+    domain, kept = curve[order, 0], curve[order, 1]
+    return float(np.interp(level, domain, kept)) if domain[0] <= level <= domain[-1] else float("nan")

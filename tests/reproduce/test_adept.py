@@ -1,0 +1,50 @@
+"""The parts of the ADEPT reproduction."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from palimpsest.reproduce.adept import ALL, MOST, arms, judge
+from palimpsest.reproduce.domains import at_equal_domain_loss, domain_roles
+
+
+@pytest.fixture(autouse=True)
+def texts(tmp_path, monkeypatch):
+    """Small files in the form of the real ones."""
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "wikitext2").mkdir()
+    rows = [json.dumps({"question": f"How many are {i}?", "answer": f"#### {i}"}) for i in range(40)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for part in ("valid", "test"):
+        lines = [f" = Title {i} = \n {part} {i} " + "word " * 60 for i in range(30)]
+        (tmp_path / "wikitext2" / f"{part}.txt").write_text("\n".join([*lines, "too short"]), encoding="utf-8")
+    monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path))
+
+
+def test_what_is_measured_is_neither_learned_nor_probed():
+    data = domain_roles(3, 20, 10, 8)
+    assert [len(data[role]) for role in ("train", "domain", "general", "kept")] == [20, 10, 8, 10]
+    assert not {r.text for r in data.train} & {r.text for r in data.domain}
+    assert not {r.text for r in data.general} & {r.text for r in data.kept}
+    assert all("#### " in record.text for record in data.train)
+    assert all("Title" not in record.text for record in data.kept)
+    assert domain_roles(3, 20, 10, 8).digest() == data.digest() != domain_roles(4, 20, 10, 8).digest()
+
+
+def test_curves_are_compared_where_the_domain_is_learned_equally_well():
+    curve = np.array([[3.0, 2.0], [2.0, 2.5], [1.0, 3.5]])
+    assert at_equal_domain_loss(curve, 1.5) == pytest.approx(3.0)
+    assert np.isnan(at_equal_domain_loss(curve, 0.5))
+
+
+def test_the_verdict_follows_from_the_curves():
+    kept = dict(zip(arms(), (2.6, 2.4, 2.2, 2.1, 2.5), strict=True))
+    curves = {name: [np.array([[3.0, 2.0], [1.5, end]])] * 2 for name, end in kept.items()}
+    notes = {"seconds": 1.0, "notes": {"layer_importance": [5.0, 0.1, 0.1, 0.2]}}
+    found = {name: [notes, notes] for name in curves}
+    assert judge(curves, found).verdict == "holds"
+    curves[ALL], curves[MOST] = curves[MOST], [np.array([[3.0, 2.0], [1.5, 2.1]])] * 2
+    assert judge(curves, found).verdict == "does not hold"
