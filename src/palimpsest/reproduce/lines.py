@@ -106,7 +106,7 @@ REPRODUCTION = Reproduction(
     source="Wang et al. 2025 (arXiv 2410.17146)",
     setting=f"The embedded model, fine-tuned for {STEPS} steps of {BATCH} problems of GSM8K; {MEASURED} other problems "
     "and WikiText-2 paragraphs are measured.",
-    paper="CLIP ViT-B/32, mean over 8 tasks: fine-tuned 90.5 on its own task and 38.0 on the others, with LiNeS 90.3 and "
-    "48.0; before 48.3 on the others.",
+    paper="CLIP ViT-B/32, mean over 8 tasks: fine-tuned 90.5 on its own task and 38.0 on the others, with LiNeS 90.3 "
+    "and 48.0; before 48.3 on the others.",
     measure=measure,
 )
