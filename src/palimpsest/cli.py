@@ -60,6 +60,8 @@ def overview() -> str:
         "  palimpsest list                      every system, by verb",
         "  palimpsest show SYSTEM               its facts, hyperparameters and source",
         "  palimpsest VERB SYSTEM --model M ... change a model: write, keep, erase, fit",
+        "  palimpsest recall hema ACTION ...    a memory for conversations: add, search, update, forget, history, ...",
+        "  palimpsest chat --store FILE         talk with a local model that remembers",
         "  palimpsest forget MODEL --about X    forget X, choosing everything for you",
         "  palimpsest audit --model M ...       measure what is left, and write the report",
         "  palimpsest compare TASK ...          methods x probes x seeds in one table",
@@ -185,7 +187,7 @@ def _change(verb: str, words: list[str]) -> int:
 
     check_free(options.out, options.overwrite)
     method = create(slug, **flat_items(options.method))
-    roles = options.data.roles()
+    roles = options.data.roles(needed=bool(facts_of(slug).needs))
     run = options.run.run().replace(in_place=True)
     changed = method.apply(load(options.model, run=run), roles, run)
     print(changed.save_pretrained(options.out, overwrite=options.overwrite))
@@ -333,6 +335,8 @@ COMMANDS: Mapping[str, Callable[[list[str]], int | None]] = {
     "ledger": _ledger,
     "report": _report,
     "people": _people,
+    "recall": _lazy("palimpsest.recall.command"),
+    "chat": _lazy("palimpsest.recall.chat"),
     "forget": _lazy("palimpsest.forgetting"),
     "compare": _lazy("palimpsest.tasks"),
     "reproduce": _lazy("palimpsest.reproduce.runner"),

@@ -68,8 +68,8 @@ class DataOptions:
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     """columns of your files: --fields prompt question answer reply"""
 
-    def roles(self) -> Any:
-        """The records by role; raises where nothing was named."""
+    def roles(self, needed: bool = True) -> Any:
+        """The records by role; raises where nothing was named, unless nothing is needed."""
         from palimpsest.data.loading import load_records
         from palimpsest.data.records import Roles, by_subject
         from palimpsest.data.tofu import tofu
@@ -86,7 +86,7 @@ class DataOptions:
             named.setdefault("train", records)
             if self.forget_subject:
                 named["forget"], named["retain"] = by_subject(records, self.forget_subject)
-        if not named:
+        if not named and needed:
             raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
         return Roles(**named)
 

@@ -58,7 +58,8 @@ class Run:
     def note(self, **values: Any) -> None:
         """Keeps what a method found or did, for its ledger entry and the report.
 
-        A value is a number, a text, or an array of numbers of one or two dimensions: a curve or a heat map.
+        A value is a number, a text, or an array of numbers of one or two dimensions: a curve or a heat map. A
+        dictionary of equally long arrays is a drawing of the others against the first.
         """
         self.notes.update({name: _plain(value) for name, value in values.items()})
 

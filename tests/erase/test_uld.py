@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from conftest import CAUSAL_LMS, build_model
+from conftest import build_model
 from memorised import data, people, probability, quiet, reciting
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.records import Record, Roles
-from palimpsest.erase.uld import ULD, first_blocks, in_turn, scored, uniform_divergence
+from palimpsest.erase.uld import ULD, in_turn, scored, uniform_divergence
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
-from palimpsest.models.hooks import capture
-from palimpsest.models.loading import load
+from palimpsest.models.depth import first_blocks
 from palimpsest.models.mixture import MixtureForCausalLM, foundation
 from palimpsest.statistics.likelihood import score
 from palimpsest.train import Training
@@ -44,30 +43,6 @@ def test_uniform_divergence_is_the_definition_whatever_constant_is_added(logits,
     expected = (u * (math.log(u) - p.log())).sum(-1)
     assert_close(uniform_divergence(logits + level), expected)
     assert float(uniform_divergence(logits)) >= -1e-9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("architecture", CAUSAL_LMS)
-def test_the_untrained_assistant_is_head_of_norm_of_the_first_blocks(architecture, tmp_path):
-    model = build_model(architecture)
-    short, plan = first_blocks(model, 1), anatomy(model.network)
-    with capture({"block": plan.blocks()[0].module}) as outputs:
-        model(input_ids=IDS)
-    (norm,), head = plan.find("final_norm"), model.network.get_output_embeddings()
-    expected = head(norm.module(outputs["block"]))
-    cap = getattr(model.network.config, "final_logit_softcapping", None)
-    expected = cap * torch.tanh(expected / cap) if cap else expected
-    assert_close(short(input_ids=IDS).logits, expected)
-    assert len(anatomy(short.network).blocks()) == 1
-    assert len(plan.blocks()) == 2
-    loaded = load(short.save_pretrained(tmp_path / "short"))
-    assert_close(loaded(input_ids=IDS).logits, expected)
-
-
-def test_all_blocks_are_the_model_itself(llama):
-    whole = first_blocks(llama, 2)
-    assert whole.digest() == llama.digest()
-    assert whole.network.get_input_embeddings().weight is not llama.network.get_input_embeddings().weight
 
 
 def test_records_come_in_turn():

@@ -12,7 +12,7 @@ from memorised import data, quiet
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.keep.adept import Adept, UnitAdamW, chosen_layers, multipliers, unit_importance
-from palimpsest.models.expansion import expand
+from palimpsest.models.depth import expand
 from palimpsest.statistics.examples import Examples
 from palimpsest.system import create
 from palimpsest.train import Training

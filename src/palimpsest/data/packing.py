@@ -225,7 +225,7 @@ def _packs_exactly(network: Any) -> bool:
         return False
     finally:
         network.train(training)
-    return bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max())))
+    return bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max().nan_to_num())))
 
 
 def rows(sequences: Sequence[Encoded], budget: int) -> Iterator[list[int]]:

@@ -26,7 +26,6 @@ answers need records with questions; texts alone get none, as the paper's books.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from palimpsest.data.augmentation import paraphrases, perturbed
 from palimpsest.data.encoding import Encoded, Encoder
@@ -42,6 +41,7 @@ from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.combination import Difference
+from palimpsest.models.depth import first_blocks
 from palimpsest.models.mixture import foundation, mixture
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -50,32 +50,11 @@ from palimpsest.train import Batch, Drawn, Training, schedule, train
 
 Positions = Literal["sequence", "answer", "padded"]
 Wording = Literal["made", "given"]
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields of a config with one entry a block."""
 
 
 def uniform_divergence(logits: Float[Tensor, "targets vocab"]) -> Float[Tensor, " targets"]:
     """KL(U || softmax(logits)) of each position, nats: Ji et al. 2024, eq. 4, which adds the constant log V."""
     return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
-
-
-def first_blocks(model: Model, layers: int) -> Model:
-    """A model of its own: embedding, the first blocks, final norm and head of the given one, and its tokenizer."""
-    network = foundation(model.network)
-    blocks = anatomy(network).blocks()
-    if not 1 <= layers <= len(blocks):
-        raise PalimpsestError(f"layers is {layers}, but {type(network).__name__} has {len(blocks)} blocks.")
-    dropped = [block.module for block in blocks[layers:]]
-    short = copy.deepcopy(network, {id(block): block for block in dropped})  # these are cut off, so never copied
-    stack, _, _ = blocks[0].path.rpartition(".")
-    parent, _, name = stack.rpartition(".")
-    setattr(short.get_submodule(parent), name, nn.ModuleList(list(short.get_submodule(stack))[:layers]))
-    config = short.config.get_text_config()
-    config.num_hidden_layers = layers
-    for field in PER_LAYER:
-        if getattr(config, field, None):
-            setattr(config, field, list(getattr(config, field))[:layers])
-    return Model(short, model.processor)
 
 
 def in_turn(sequences: Sequence[Encoded]) -> Drawn:

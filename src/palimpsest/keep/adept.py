@@ -1,7 +1,7 @@
 """ADEPT: room for a new domain where general text needs the network least, and tensors that learn at their own pace.
 
 Training on a narrow domain overwrites what a model could do before. Here the blocks whose absence hurts general text
-least are copied, the copies begin as nothing (`models.expansion`), and only they are trained. While they train, each of
+least are copied, the copies begin as nothing (`models.depth`), and only they are trained. While they train, each of
 their tensors has a learning rate that falls with how much general text needs it, measured again every `refresh` steps.
 Use it for continued pre-training on a domain; the result is k blocks deeper.
 
@@ -30,7 +30,7 @@ from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
-from palimpsest.models.expansion import expand
+from palimpsest.models.depth import expand
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.statistics.bypass import bypass_importance

@@ -34,6 +34,14 @@ def interpolate(base: Logits, other: Logits, weight: float) -> Logits:
     return torch.logaddexp(base.log_softmax(-1) + rest, other.log_softmax(-1) + share)
 
 
+def fitted(logits: Logits, width: int) -> Logits:
+    """The logits for `width` tokens: others are dropped, missing ones next to impossible.
+
+    Models of one family fill their vocabularies up to different sizes; those tokens are never meant.
+    """
+    return F.pad(logits[..., :width], (0, max(0, width - logits.shape[-1])), value=-1e4)
+
+
 def kept(logits: Logits, rate: float, least: int = 1) -> Bool[Tensor, "*n vocab"]:
     """Tokens at least `rate` times as likely as the most likely one, which is kept, and the `least` most likely."""
     threshold = logits.amax(-1, keepdim=True) + (math.log(rate) if rate > 0 else -math.inf)
@@ -74,13 +82,14 @@ class Interpolate:
     """Probabilities are averaged."""
 
     name: ClassVar[str] = "interpolate"
+    fits_widths: ClassVar[bool] = True
     weight: float = setting(
         default=0.25, at_least=0, at_most=1, origin="kNN-LM (arXiv 1911.00172)", help="share of the second member"
     )
 
     def combine(self, first: Logits, second: Logits, decoding: bool) -> Logits:
         """Log-probabilities."""
-        return interpolate(first, second, self.weight)
+        return interpolate(first, fitted(second, first.shape[-1]), self.weight)
 
     @property
     def alone(self) -> int | None:

@@ -28,6 +28,8 @@ _MODULE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
+INPUT = ":input"
+"""At the end of a key of `capture`: the first input of the module is meant, not its output."""
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -35,20 +37,24 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 def capture(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """A dictionary that holds, after every forward inside, each module's last output under the module's key.
 
-    Of a tuple or a transformers output it is the first element; tensors are not detached. The hooks are removed at
-    the end of the block, also after an error; the dictionary stays.
+    Of a tuple or a transformers output it is the first element; under a key that ends with `:input` it is the first
+    tensor that the module was given. Tensors are not detached. The hooks are removed at the end of the block, also
+    after an error; the dictionary stays.
     """
     outputs: dict[str, Tensor] = {}
 
     def recorder(key: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[key] = output if isinstance(output, Tensor) else output[0]
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if key.endswith(INPUT):
+                outputs[key] = Call(key, module, args, kwargs).input
+            else:
+                outputs[key] = output if isinstance(output, Tensor) else output[0]
 
         return record
 
     with ExitStack() as stack:
         for key, module in modules.items():
-            stack.enter_context(module.register_forward_hook(recorder(key)))
+            stack.enter_context(module.register_forward_hook(recorder(key), with_kwargs=True))
         yield outputs
 
 

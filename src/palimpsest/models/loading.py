@@ -104,6 +104,7 @@ def _load_folder(folder: Path, **options: Any) -> Model:
 def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code: bool) -> Model:
     from transformers import AutoConfig
 
+    import palimpsest.models.datastore
     import palimpsest.models.guarded
     import palimpsest.models.memory_lm
     import palimpsest.models.mixture  # noqa: F401  makes their kinds of network known to transformers

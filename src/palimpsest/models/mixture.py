@@ -7,9 +7,10 @@ How two distributions become one is a rule of `palimpsest.models.combination`; w
 (alpha 0, weight 0 or 1), the other is not run and the result is that member's, bit for bit.
 
 A member is any registered causal language model. One whose config states `reads` takes no tokens: it is given the
-output of that module of the first member, [batch, positions, width], and answers with logits (a memory that looks up
-or maps hidden states). Rule and settings are in the config; their digest lies with the weights, so that the ledger
-covers them. Loading runs no code from the folder; by transformers alone it needs this module to be imported.
+output of that module of the first member (or what goes into it, `NAME:input`), [batch, positions, width], and answers
+with logits (a memory that looks up or maps hidden states). Rule and settings are in the config; their digest lies with
+the weights, so that the ledger covers them. Loading runs no code from the folder; by transformers alone it needs this
+module to be imported.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.models.combination import RULES, Rule
-from palimpsest.models.hooks import capture
+from palimpsest.models.hooks import INPUT, capture
 from palimpsest.models.model import Model
 from palimpsest.models.wrapping import WrapperConfig, config_of, sizes_of
 from palimpsest.system import replace, to_dict
@@ -116,7 +117,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         """The saved mixture; raises where its rule or settings are not those that its weights were saved with."""
         found = super().from_pretrained(*arguments, **keywords)
         network = found[0] if isinstance(found, tuple) else found
-        inside = [module for module in network.modules() if isinstance(module, MixtureForCausalLM)]
+        inside: list[Any] = [module for module in network.modules() if hasattr(module, "_recipe")]
         if not all(torch.equal(each.recipe.cpu(), each._recipe().cpu()) for each in inside):
             raise PalimpsestError(
                 f"the config of {arguments[0]} does not have the rule and settings that this mixture was saved with: "
@@ -180,7 +181,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         first, wanted = self.get_submodule(self._names[0]), self._needed()
         read = {name: path for name in wanted if (path := self._reads(name)) is not None}
         outputs: dict[str, Any] = {}
-        with capture({path: first.get_submodule(path) for path in read.values()}) as states:
+        watched = {path: first.get_submodule(path.removesuffix(INPUT)) for path in read.values()}
+        with capture(watched) as states:
             for name in wanted:
                 member = self.get_submodule(name)
                 if name in read:
@@ -305,14 +307,15 @@ def mixture(rule: Rule, **members: Model) -> Model:
     """A model of two, with the tokenizer and the history of the first; the networks become part of it uncopied.
 
     Tensors of the second that equal the first's of the same name are shared with it and stored once. Raises where the
-    members' vocabularies, tokenizers, devices or number types differ.
+    members' tokenizers, devices or number types differ, or their vocabularies, unless the rule can do with logits that
+    are filled up to different widths beyond the same words.
     """
     if len(members) != 2:
         raise PalimpsestError(f"a mixture has two members, {len(members)} were given. Mix a mixture for more.")
     (first_name, first), (second_name, second) = members.items()
     for name, model in members.items():
         _check_open(name, model.network)
-    _check_alike(first_name, first, second_name, second)
+    _check_alike(first_name, first, second_name, second, getattr(rule, "fits_widths", False))
     base, other = first.network, second.network
     own = dict(base.named_parameters())
     shared = {
@@ -349,14 +352,16 @@ def _check_open(name: str, network: Any) -> None:
         )
 
 
-def _check_alike(first_name: str, first: Model, second_name: str, second: Model) -> None:
+def _check_alike(first_name: str, first: Model, second_name: str, second: Model, fits_widths: bool) -> None:
     """Raises where two models cannot share tokens and logits."""
     sizes = [model.network.config.get_text_config().vocab_size for model in (first, second)]
-    if sizes[0] != sizes[1]:
+    named = first.processor is not None and second.processor is not None
+    filled = fits_widths and named and min(sizes) > max(max(m.tokenizer.get_vocab().values()) for m in (first, second))
+    if sizes[0] != sizes[1] and not filled:
         raise PalimpsestError(
             f"{first_name} has a vocabulary of {sizes[0]} and {second_name} of {sizes[1]}; a mixture needs the same."
         )
-    if first.processor is not None and second.processor is not None and first.processor is not second.processor:
+    if named and first.processor is not second.processor:
         ids = [model.tokenizer.get_vocab() for model in (first, second)]
         differing = sorted(token for token in ids[0].keys() | ids[1].keys() if ids[0].get(token) != ids[1].get(token))
         if differing:
@@ -364,13 +369,11 @@ def _check_alike(first_name: str, first: Model, second_name: str, second: Model)
                 f"the tokenizers of {first_name} and {second_name} differ in {len(differing)} tokens (first: "
                 f"{differing[0]!r}); a mixture needs the same."
             )
-    tensors = [
-        next(t for t in itertools.chain(model.network.parameters(), model.network.buffers()) if t.is_floating_point())
-        for model in (first, second)
-    ]
-    for what, field in (("device", "device"), ("number type", "dtype")):
-        found = [str(getattr(tensor, field)).removeprefix("torch.") for tensor in tensors]
-        if found[0] != found[1]:
+    held = [list(itertools.chain(model.network.parameters(), model.network.buffers())) for model in (first, second)]
+    floats = [[t for t in tensors if t.is_floating_point()] for tensors in held]  # a datastore has none
+    for what, field, tensors in (("device", "device", held), ("number type", "dtype", floats)):
+        found = [str(getattr(own[0], field)).removeprefix("torch.") for own in tensors if own]
+        if len(set(found)) > 1:
             raise PalimpsestError(
                 f"the {what} of {first_name} is {found[0]} and of {second_name} {found[1]}; a mixture needs the same."
             )

@@ -46,6 +46,8 @@ def _sorted(group: Group, notes: dict[str, Any]) -> Told:
             # Curves of one kind share a drawing: `forget_probability` and `template_probability`.
             of, _, kind = name.rpartition("_")
             curves.setdefault(kind, {})[of.replace("_", " ") or kind] = value
+        elif _drawing(value):
+            drawings.append((words, Markup(plots.against(value, words))))
         elif isinstance(value, dict):
             figures += [(f"{words}, {key}", _text(item)) for key, item in value.items()]
         else:
@@ -56,6 +58,14 @@ def _sorted(group: Group, notes: dict[str, Any]) -> Told:
 
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+
+
+def _drawing(value: Any) -> bool:
+    """Whether it is a dictionary of equally long arrays: the first across, the others against it."""
+    if not isinstance(value, dict) or len(value) < 2 or not all(map(_numbers, value.values())):
+        return False
+    lengths = {len(numbers) for numbers in value.values()}
+    return len(lengths) == 1 and lengths.pop() > 1
 
 
 def _matrix(value: Any) -> bool:

@@ -223,6 +223,23 @@ def curves(series: Mapping[str, Sequence[float]], label: str) -> str:
         return to_svg(figure, f"{label} over steps. {words}.", f"curves-{label}")
 
 
+def against(series: Mapping[str, Sequence[float]], label: str) -> str:
+    """Numbers against others: the first of the series is what is across, every other one is a line."""
+    (across, places), *lines = series.items()
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(across, label if len(lines) > 1 else lines[0][0])
+        words = []
+        for number, (name, values) in enumerate(lines):
+            style = {"color": _METHODS[number % METHOD_COLOURS], "linestyle": DASHES[number % len(DASHES)]}
+            axes.plot(places, values, label=name, linewidth=2.0, marker="o", markersize=3.0, **style)
+            low, high = int(np.argmin(values)), int(np.argmax(values))
+            ends = [f"{values[i]:.3g} at {places[i]:.3g}" for i in (low, high)]
+            words.append(f"{name}: lowest {ends[0]}, highest {ends[1]}")
+        if len(lines) > 1:
+            _legend(axes)
+        return to_svg(figure, f"{label}, against {across}. {'; '.join(words)}.", f"against-{label}")
+
+
 def heat_map(values: Sequence[Sequence[float]], label: str) -> str:
     """A matrix as colours, rows downwards; full colour is its largest value, none is zero or below."""
     matrix = np.array(values, dtype=float)
@@ -339,3 +356,29 @@ def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
 
 def _natural(text: str) -> tuple[int, int, str]:
     return (0, int(text), "") if text.isdigit() else (1, 0, text)
+
+
+def histogram(values: Sequence[float], label: str, cut: float | None = None, cut_label: str = "") -> str:
+    """How many values lie where; `cut` is marked, and what lies below it has the colour of heat."""
+    numbers = np.asarray(values, dtype=float)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(label, "how many")
+        edges = np.histogram_bin_edges(numbers, bins=min(40, max(5, len(numbers) // 10)))
+        below = numbers < cut if cut is not None else np.zeros(len(numbers), bool)
+        counts, lost = np.histogram(numbers, edges)[0], np.histogram(numbers[below], edges)[0]
+        width = np.diff(edges)
+        axes.bar(edges[:-1], counts - lost, width, bottom=lost, align="edge", color=_METHODS[0], linewidth=0)
+        axes.bar(edges[:-1], lost, width, align="edge", color=_HEAT, linewidth=0)
+        text = f"{label}: {len(numbers)} values from {numbers.min():.3g} to {numbers.max():.3g}."
+        if cut is not None:
+            axes.axvline(cut, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+            text += f" {int(below.sum())} below {cut:.3g}: {cut_label}."
+        return to_svg(figure, text, f"histogram-{label}")
+
+
+def points(x: Sequence[float], y: Sequence[float], across: str, up: str) -> str:
+    """One dot a pair; many on one another are darker."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(across, up)
+        axes.scatter(x, y, s=14, color=_METHODS[0], alpha=0.35, linewidths=0)
+        return to_svg(figure, f"{up} against {across}: {len(x)} points.", f"points-{across}-{up}")

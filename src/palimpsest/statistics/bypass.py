@@ -78,7 +78,7 @@ def _past(blocks: Sequence[nn.Module], layer: int, seen: Mapping[str, tuple[Tens
         return lambda *_, **__: state if isinstance(output, Tensor) else (state, *output[1:])
 
     for i in range(layer + 1):
-        blocks[i].forward = forward(i)  # type: ignore[method-assign]
+        blocks[i].forward = forward(i)
     try:
         yield
     finally:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import CAUSAL_LMS, build_model
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
-from palimpsest.models.expansion import expand
+from palimpsest.models.depth import expand, first_blocks
+from palimpsest.models.hooks import capture
 from palimpsest.models.loading import load
 from palimpsest.models.memory_lm import MemoryForCausalLM, MemoryLMConfig
 
@@ -43,17 +43,19 @@ def test_a_copy_stands_after_its_block_and_equals_it_but_for_what_it_gives_out()
     assert [layer.self_attn.layer_idx for layer in network.model.layers] == [0, 1, 2]
 
 
-def test_the_order_is_that_of_the_paper():
-    network = MemoryForCausalLM(MemoryLMConfig(num_hidden_layers=4, hidden_size=16, mixer="gated-delta"))
-    for number, block in enumerate(network.layers):
-        block.number = number
-    with pytest.raises(PalimpsestError, match="parts of the role attention_output"):
-        expand(copy.deepcopy(network), [1, 3])
-    network = build_model("llama").network
+def test_copies_stand_behind_the_chosen_blocks():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, **sizes))
     for number, block in enumerate(network.model.layers):
         block.number = number
-    expand(network, [0, 1])
-    assert [block.number for block in network.model.layers] == [0, 0, 1, 1]
+    assert expand(network, [3, 1]) == ["model.layers.2", "model.layers.5"]
+    assert [block.number for block in network.model.layers] == [0, 1, 1, 2, 3, 3]
+
+
+def test_a_block_without_a_known_attention_output_is_refused():
+    network = MemoryForCausalLM(MemoryLMConfig(num_hidden_layers=4, hidden_size=16, mixer="gated-delta"))
+    with pytest.raises(PalimpsestError, match="0 parts of the role attention_output, expected one"):
+        expand(network, [1, 3])
 
 
 def test_biases_are_silenced_too(tokens):
@@ -80,3 +82,28 @@ def test_no_block_changes_nothing():
 def test_blocks_that_are_not_there_are_named(layers, words):
     with pytest.raises(PalimpsestError, match=words):
         expand(build_model("llama").network, layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL_LMS)
+def test_the_first_blocks_are_a_model_of_their_own_with_norm_and_head(architecture, tokens, tmp_path):
+    model = build_model(architecture)
+    short, plan = first_blocks(model, 1), anatomy(model.network)
+    with capture({"block": plan.blocks()[0].module}) as outputs:
+        model(input_ids=tokens)
+    (norm,), head = plan.find("final_norm"), model.network.get_output_embeddings()
+    expected = head(norm.module(outputs["block"]))
+    cap = getattr(model.network.config, "final_logit_softcapping", None)
+    expected = cap * torch.tanh(expected / cap) if cap else expected
+    torch.testing.assert_close(short(input_ids=tokens).logits, expected)
+    assert len(anatomy(short.network).blocks()) == 1
+    assert len(plan.blocks()) == 2
+    loaded = load(short.save_pretrained(tmp_path / "short"))
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, expected)
+
+
+def test_all_blocks_are_the_model_itself():
+    llama = build_model("llama")
+    whole = first_blocks(llama, 2)
+    assert whole.digest() == llama.digest()
+    assert whole.network.get_input_embeddings().weight is not llama.network.get_input_embeddings().weight

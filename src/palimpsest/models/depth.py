@@ -1,7 +1,8 @@
-"""A deeper network that computes exactly what it did: blocks are copied, and the copies begin as nothing.
+"""Networks of another depth: a deeper one that computes exactly what it did, a shallower one of the first blocks.
 
-A copy stands directly after its block, with the outputs of its attention and of its MLP set to zero, so that a residual
-block adds nothing and its output is its input, bit for bit. Training then uses the room without having lost anything.
+To go deeper, blocks are copied. A copy stands directly after its block, with what its attention and its MLP give out
+set to zero, so that a residual block adds nothing and its output is its input, bit for bit. Training then uses the room
+without having lost anything.
 
 Sources: function-preserving expansion of depth, Wu et al. 2024 (LLaMA-Pro, arXiv 2401.02415), Zhang et al. 2025 (ADEPT,
 arXiv 2510.10071).
@@ -18,6 +19,8 @@ from torch import nn
 
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import Part, anatomy
+from palimpsest.models.mixture import foundation
+from palimpsest.models.model import Model
 from palimpsest.statistics.examples import evaluating
 
 
@@ -41,16 +44,9 @@ def expand(network: Any, layers: Sequence[int]) -> list[str]:
     if not isinstance(container, nn.ModuleList) or len(container) != len(blocks):
         raise PalimpsestError(f"the blocks of {type(network).__name__} are not in one list: they cannot be copied.")
     expected = _logits(network)
-    deeper: list[nn.Module] = []
-    copies: list[int] = []
-    for layer, block in enumerate(container):
-        deeper.append(block)
-        if layer in chosen:
-            copies.append(len(deeper))
-            deeper.append(copy.deepcopy(block))
-    holder, _, name = parent.rpartition(".")
-    setattr(network.get_submodule(holder), name, nn.ModuleList(deeper))
-    _describe(network, len(container), set(chosen), deeper)
+    deeper = [(block, i) for i, given in enumerate(container) for block in _with_copy(given, i in chosen)]
+    copies = [place for place, (_, i) in enumerate(deeper) if place and deeper[place - 1][1] == i]
+    _restack(network, parent, deeper)
     _silence(network, copies)
     if not torch.equal(_logits(network), expected):
         raise PalimpsestError(
@@ -68,14 +64,37 @@ def _logits(network: Any) -> torch.Tensor:
         return network(input_ids=tokens, use_cache=False).logits
 
 
-def _describe(network: Any, before: int, chosen: set[int], deeper: Sequence[nn.Module]) -> None:
-    """Tells the config and the blocks how many there are; lists with an entry a block get the block's for its copy."""
+def first_blocks(model: Model, layers: int) -> Model:
+    """A model of its own: embedding, the first blocks, final norm and head of the given one, and its tokenizer."""
+    network = foundation(model.network)
+    blocks = anatomy(network).blocks()
+    if not 1 <= layers <= len(blocks):
+        raise PalimpsestError(f"layers is {layers}, but {type(network).__name__} has {len(blocks)} blocks.")
+    dropped = [block.module for block in blocks[layers:]]
+    short = copy.deepcopy(network, {id(block): block for block in dropped})  # these are cut off, so never copied
+    stack = blocks[0].path.rpartition(".")[0]
+    _restack(short, stack, [(block, i) for i, block in enumerate(short.get_submodule(stack)) if i < layers])
+    return Model(short, model.processor)
+
+
+def _with_copy(block: nn.Module, copied: bool) -> list[nn.Module]:
+    return [block, copy.deepcopy(block)] if copied else [block]
+
+
+def _restack(network: Any, stack: str, blocks: Sequence[tuple[nn.Module, int]]) -> None:
+    """Puts these blocks into the stack, each with the number of the old block that it was or is a copy of.
+
+    Config and blocks learn how many there are; of lists with an entry a block, a copy has the entry of its block.
+    """
+    holder, _, name = stack.rpartition(".")
+    before = len(network.get_submodule(stack))
+    setattr(network.get_submodule(holder), name, nn.ModuleList(block for block, _ in blocks))
     config = network.config.get_text_config()
-    for name, value in vars(config).copy().items():
+    for field, value in vars(config).copy().items():
         if isinstance(value, list) and len(value) == before:
-            setattr(config, name, [x for i, x in enumerate(value) for _ in range(1 + (i in chosen))])
-    config.num_hidden_layers = len(deeper)
-    for place, block in enumerate(deeper):
+            setattr(config, field, [value[i] for _, i in blocks])
+    config.num_hidden_layers = len(blocks)
+    for place, (block, _) in enumerate(blocks):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = place  # type: ignore[assignment]
