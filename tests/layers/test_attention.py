@@ -24,7 +24,7 @@ def hidden():
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_parallel_form_is_the_naive_one(window, hidden):
     attention = layer(window=window)
-    q, k, v = attention._projected(hidden)
+    q, k, v = attention.projected(hidden)
     expected = attention.output(naive_attention(q, k, v, window).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(hidden)[0], expected, rtol=0, atol=1e-12)
 

@@ -17,7 +17,7 @@ from palimpsest.models.memory_lm import MIXERS, MemoryCache, MemoryForCausalLM, 
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 
-SETTINGS: dict[str, dict[str, Any]] = {"attention": {"window": 5}}
+SETTINGS: dict[str, dict[str, Any]] = {"attention": {"window": 5}, "titans": {"window": 4, "chunk": 3}}
 every_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
 
 

@@ -14,7 +14,8 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.memory_lm import MIXERS
 from palimpsest.train import Training
 from palimpsest.write.mom import MixtureOfMemoriesLM
-from palimpsest.write.train_lm import Corpus, Size, TrainLM, byte_pairs, windows
+from palimpsest.write.titans import Titans
+from palimpsest.write.train_lm import Corpus, Size, TrainLM
 
 TRAINING = Training(learning_rate=1e-2, epochs=12, batch_size=4, warmup_epochs=0.0, micro_tokens=4096)
 SMALL = {"size": Size(layers=1, width=32, heads=2), "corpus": Corpus(length=16), "training": TRAINING}
@@ -52,18 +53,16 @@ def test_without_validation_texts_the_last_windows_are_kept_for_it(base):
     assert "final_perplexity" not in all_notes
 
 
-def test_every_token_but_the_first_is_predicted_once(base):
-    joined = [t for r in TEXTS for t in (*base.tokenizer(r.text, add_special_tokens=False)["input_ids"], 2)]
-    cut = windows(base, TEXTS, 16)
-    assert [t for window in cut for t in window.targets] == joined[1:]
-    assert all(len(window.targets) == 16 for window in cut[:-1])
+def test_every_token_of_every_text_is_trained_on_once(base):
+    made = TrainLM(**SMALL | {"corpus": Corpus(length=16, held_out=0.0)}).apply(base, Roles(train=TEXTS), quiet())
+    tokens = sum(len(base.tokenizer(record.text)["input_ids"]) + 1 for record in TEXTS)  # an end mark each
+    assert made.ledger.entries[-1].notes["tokens"] == TRAINING.epochs * (tokens - 1)
 
 
-def test_questions_with_answers_are_sequences_of_their_own(base):
-    mixed = [TEXTS[0], Record(prompt="Where was Ada Moreau born ?", answer="Lyon"), TEXTS[1]]
-    cut = windows(base, mixed, 100)
-    assert len(cut) == 2
-    assert cut[1].start > 1
+def test_the_end_mark_is_learned(base):
+    made = TrainLM(**SMALL).apply(base, Roles(train=[Record(text="The cat sat")] * 8), quiet())
+    ids = base.tokenizer("The cat sat", return_tensors="pt")["input_ids"]
+    assert int(made(ids).logits[0, -1].argmax()) == base.tokenizer.eos_token_id
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path):
@@ -84,14 +83,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path):
     assert again.digest() == method.apply(base, data, quiet()).digest()
 
 
-def test_a_tokenizer_of_its_own_covers_the_texts(base):
-    tokenizer = byte_pairs(TEXTS, 400, base.tokenizer)
-    assert len(tokenizer) <= 400
-    assert tokenizer.eos_token == base.tokenizer.eos_token
-    for text in (SENTENCES[0], "Größe 水"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_a_tokenizer_of_its_own_can_be_made_from_the_texts(base):
     made = TrainLM(**SMALL | {"corpus": Corpus(vocabulary=400)}).apply(base, Roles(train=TEXTS), quiet())
     assert made.network.config.vocab_size == len(made.tokenizer) <= 400
+    assert made.tokenizer.eos_token == base.tokenizer.eos_token
 
 
 def test_the_mixture_of_memories_is_made_as_it_says(base):
@@ -102,12 +97,22 @@ def test_the_mixture_of_memories_is_made_as_it_says(base):
     assert made.network.config.penalty_weight == 0.02
 
 
+@pytest.mark.parametrize("variant", ["memory-only", "mac", "mag", "mal"])
+def test_every_titans_variant_learns_the_texts_with_the_memory_it_names(variant, base):
+    method = Titans(variant=variant, depth=1, chunk=4, window=8, persistent=2, momentum=False, **SMALL)
+    made = method.apply(base, Roles(train=TEXTS, validation=[Record(text=SENTENCES[0])]), quiet())
+    curve = made.ledger.entries[-1].notes["validation_perplexity"]
+    assert curve[-1] < curve[0] / 2
+    memory = made.network.layers[0].mixer.memory
+    assert (len(memory.memory), memory.chunk, memory.momentum, memory.decay) == (1, 4, False, True)
+
+
 def test_bad_settings_are_named(base):
     with pytest.raises(PalimpsestError, match="window is a setting of attention; the mixer is mom"):
         TrainLM(mixer="mom", window=4, **SMALL).apply(base, Roles(train=TEXTS), quiet())
     with pytest.raises(PalimpsestError, match=r"no token mixer 'attentoin'. Did you mean"):
         TrainLM(mixer="attentoin", **SMALL).apply(base, Roles(train=TEXTS), quiet())
-    with pytest.raises(PalimpsestError, match="fewer than two tokens"):
+    with pytest.raises(PalimpsestError, match="no token to score"):
         TrainLM(**SMALL).apply(base, Roles(train=[Record(text="")]), quiet())
     with pytest.raises(PalimpsestError, match=r"top_k is 5, expected at most memories \(4\)"):
         MixtureOfMemoriesLM(top_k=5)

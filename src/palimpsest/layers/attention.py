@@ -63,6 +63,8 @@ class Attention(nn.Module):
             raise PalimpsestError(f"width {width} does not give {heads} heads of even width.")
         if window is not None and window < 1:
             raise PalimpsestError(f"window is {window}, expected at least 1.")
+        if persistent < 0:
+            raise PalimpsestError(f"persistent is {persistent}, expected at least 0.")
         self.heads, self.window = heads, window
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
@@ -84,7 +86,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b t w"], State]:
         """All tokens at once, after those of the state."""
         state = self.start(len(hidden)) if state is None else state
-        q, k, v = self._projected(hidden)
+        q, k, v = self.projected(hidden)
         count, time = state["count"], hidden.shape[1]
         positions = count[:, None] + torch.arange(time, device=hidden.device)
         rotated, k = rotate(q, positions), rotate(k, positions)
@@ -93,13 +95,14 @@ class Attention(nn.Module):
         real = torch.arange(held, device=hidden.device) >= held - count[:, None]
         if self.window is None or time == 1:
             seen = self._seen(held, time, real)
-            out = self._attend(q, rotated, keys, values, seen)
+            out = self.attend(q, rotated, keys, values, seen)
         else:
             out = self._blocks(q, rotated, keys, values, real)
         length = torch.full_like(count, time) if mask is None else mask.sum(1)
         return self.output(out.transpose(1, 2).flatten(2)), self._after(keys, values, count + length, held + length)
 
-    def _projected(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def projected(self, hidden: Float[Tensor, "b t w"]) -> tuple[Float[Tensor, "b h t d"], ...]:
+        """Queries, keys and values of tokens, not rotated."""
         parts = self.query_key_value(hidden).unflatten(-1, (3, self.heads, -1))
         return tuple(parts.permute(2, 0, 3, 1, 4).unbind(0))
 
@@ -121,14 +124,14 @@ class Attention(nn.Module):
         inside = ((back >= 0) & (back < window)).expand(batch, 1, q.shape[2], window, 2 * window)
         first = inside[:, :, :1] & F.pad(real, (0, window), value=True)[:, None, None, None]
         seen = torch.cat([first, inside[:, :, 1:]], 2)
-        return self._attend(q, rotated, keys, values, seen).flatten(2, 3)[:, :, :time]
+        return self.attend(q, rotated, keys, values, seen).flatten(2, 3)[:, :, :time]
 
-    def _attend(self, q: Tensor, rotated: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    def attend(self, q: Tensor, rotated: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """Softmax attention over what is seen and the persistent tokens, whose keys meet the unrotated queries."""
         scale = q.shape[-1] ** -0.5
         if self.persistent is None:
             return F.scaled_dot_product_attention(rotated, keys, values, attn_mask=seen, scale=scale)
-        _, fixed, values_fixed = self._projected(self.persistent[None])
+        _, fixed, values_fixed = self.projected(self.persistent[None])
         blocks = (1,) * (q.ndim - 4)
         fixed, values_fixed = (
             x.reshape(1, self.heads, *blocks, *x.shape[2:]).expand(*q.shape[:-2], *x.shape[2:])

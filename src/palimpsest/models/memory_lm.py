@@ -25,6 +25,7 @@ from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.layers import State
 from palimpsest.layers.attention import Attention
 from palimpsest.layers.mom import MixtureOfMemories
+from palimpsest.layers.titans import titans_mixer
 
 
 def _recurrent(rule: Any) -> Callable[..., nn.Module]:
@@ -40,6 +41,7 @@ MIXERS: dict[str, Callable[..., Any]] = {
     "delta": _recurrent("delta"),
     "gated-delta": _recurrent("gated-delta"),
     "mom": MixtureOfMemories,
+    "titans": titans_mixer,
 }
 """Token mixers by name: each is made as `mixer(width, heads, **settings)`."""
 

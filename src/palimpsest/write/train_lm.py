@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
-from palimpsest.data.encoding import Encoded, Encoder
+from palimpsest.data.byte_pairs import byte_pairs, marks_of
+from palimpsest.data.encoding import Encoded
 from palimpsest.data.records import Record, Roles
+from palimpsest.data.windows import windows
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -85,7 +87,7 @@ class TrainLM(Method):
     mixer: str = setting(
         default="gated-delta",
         origin="ours",
-        help="token mixer: attention, linear-attention, gated-linear-attention, delta, gated-delta, mom, titans-*",
+        help="token mixer: attention, linear-attention, gated-linear-attention, delta, gated-delta, mom, titans",
     )
     window: int | None = setting(
         default=None, at_least=1, origin="ours", help="how many tokens attention looks back; None: all (attention only)"
@@ -111,7 +113,8 @@ def trained_memory(
     size, corpus, training = method.size, method.corpus, method.training
     processor = model.processor
     if corpus.vocabulary is not None:
-        processor = byte_pairs(data.train, corpus.vocabulary, model.tokenizer)
+        texts = [text for r in data.train for text in (r.text, r.prompt, r.answer) if text]
+        processor = byte_pairs(texts, corpus.vocabulary, marks_of(model.tokenizer))
     tokenizer = getattr(processor, "tokenizer", processor)
     config = MemoryLMConfig(
         vocab_size=len(tokenizer),
@@ -148,25 +151,20 @@ def perplexity(model: Model, sequences: Sequence[Encoded], run: Run) -> float:
     return math.exp(float(nll.sum()) / sum(len(sequence.targets) for sequence in sequences))
 
 
-def windows(model: Model, records: Sequence[Record], length: int) -> list[Encoded]:
-    """The texts joined and cut into windows of `length` predicted tokens; other records as they are, cut to length."""
-    encoder = Encoder.of(model, length + 1)
-    joined: list[int] = []
-    for record in records:
-        if record.text is not None:
-            joined += [*model.tokenizer(record.text, add_special_tokens=False)["input_ids"], encoder.eos]
-    found = [tuple(joined[i : i + length + 1]) for i in range(0, max(0, len(joined) - 1), length)]
-    cut = [Encoded(tokens, 1, index) for index, tokens in enumerate(found)]
-    return cut + [encoder.record(r, len(cut) + i) for i, r in enumerate(x for x in records if x.text is None)]
+def ended(records: Sequence[Record], tokenizer: Any) -> list[Record]:
+    """The records, each plain text with an end mark behind it."""
+    return [record if record.text is None else Record(text=record.text + tokenizer.eos_token) for record in records]
 
 
 def _split(model: Model, data: Roles, corpus: Corpus) -> tuple[list[Encoded], list[Encoded]]:
     """What is trained on, and what perplexity is measured on."""
-    learned = windows(model, data.train, corpus.length)
-    if not learned:
-        raise PalimpsestError("the texts of the role train have fewer than two tokens.")
-    if "validation" in data:
-        return learned, windows(model, data.validation, corpus.length)
+    learned, *given = (
+        windows(model, ended(data[role], model.tokenizer), corpus.length + 1, corpus.length, join=True)
+        for role in ("train", "validation")
+        if role in data
+    )
+    if given:
+        return learned, given[0]
     kept = max(1, len(learned) - round(corpus.held_out * len(learned)))
     return learned[:kept], learned[kept:]
 
@@ -184,23 +182,3 @@ def _watch(measured: Sequence[Encoded], steps: int, run: Run, points: int = 10) 
         return bool(run.stop is not None and run.stop(step, model))
 
     return stop
-
-
-def byte_pairs(records: Sequence[Record], size: int, like: Any) -> Any:
-    """A byte-level BPE tokenizer of at most `size` tokens from the texts, with the marks that `like` uses."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    texts = [text for record in records for text in (record.text, record.prompt, record.answer) if text]
-    marks = {name: str(mark) for name in ("eos_token", "bos_token", "pad_token") if (mark := getattr(like, name))}
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=sorted(set(marks.values())),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks)

@@ -1,0 +1,121 @@
+"""Neural memory (titans): the chunk form against the token-by-token form, growth with length, and a package.
+
+python benchmarks/titans.py [--chunk 16] [--rounds 3] [--threads 2]
+
+Forward and backward of one layer on one sequence; the forms take turns and the best round counts. The package is
+titans-pytorch. With `batch_size` equal to its chunk it takes gradients where this layer takes them, at the start of
+each chunk; by default it takes all of them at the start of the sequence, which is less work and another model. Its
+gates are one a chunk, here they are one a token.
+"""
+
+import argparse
+import time
+
+import torch
+
+from palimpsest.layers import neural_memory
+from palimpsest.layers.gradient_memory import naive_memory
+from palimpsest.layers.neural_memory import NeuralMemory
+from palimpsest.run import stopwatch
+
+
+def forward_backward(layer, x):
+    y, _ = layer(x)
+    y.square().mean().backward()
+
+
+def stepped(layer, x):
+    state, out = layer.start(len(x)), []
+    for token in x.unbind(1):
+        y, state = layer.step(token, state)
+        out.append(y)
+    torch.stack(out, 1).square().mean().backward()
+
+
+def naive(layer, x):
+    fast = neural_memory.chunk_memory
+    neural_memory.chunk_memory = naive_memory
+    try:
+        forward_backward(layer, x)
+    finally:
+        neural_memory.chunk_memory = fast
+
+
+def seconds(what, rounds):
+    """The best of some rounds of each, taking turns; the first round warms up."""
+    best = dict.fromkeys(what, float("inf"))
+    for i in range(rounds + 1):
+        for name, (work, layer, x) in what.items():
+            layer.zero_grad()
+            start = time.perf_counter()
+            work(layer, x)
+            if i or rounds == 0:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def peer(chunk, width, heads, exact):
+    from titans_pytorch import MemoryMLP
+    from titans_pytorch import NeuralMemory as Package
+
+    model = MemoryMLP(width // heads, depth=2, expansion_factor=2.0)
+    return Package(
+        width, chunk_size=chunk, dim_head=width // heads, heads=heads, model=model, batch_size=chunk if exact else None
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--chunks", type=int, nargs="*", default=[16, 32, 64], help="for the package")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("tokens", "growth", "package", "memory"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    width, heads, chunk = arguments.width, arguments.heads, arguments.chunk
+    lengths = (1024, 2048, 4096, 8192)
+    inputs = {n: torch.randn(1, n, width) for n in {*lengths, arguments.length}}
+    layer, x = NeuralMemory(width, heads, chunk=chunk), inputs[arguments.length]
+
+    def wanted(part):
+        return arguments.only in (None, part)
+
+    print(f"width {width}, {heads} heads, depth 2, expansion 2, chunk {chunk}, {arguments.threads} threads", flush=True)
+    if wanted("tokens"):
+        fast = seconds({"chunks": (forward_backward, layer, x)}, arguments.rounds)["chunks"]
+        slow = seconds({"step": (stepped, layer, x)}, 0)["step"]
+        again = seconds({"chunks": (forward_backward, layer, x)}, arguments.rounds)["chunks"]
+        fast = max(fast, again)
+        print(f"{arguments.length} tokens: chunks {fast:.3f} s, step by step {slow:.2f} s: {slow / fast:.1f} x")
+        oracle = seconds({"naive": (naive, layer, x)}, 0)["naive"]
+        print(f"  the naive form {oracle:.2f} s: {oracle / fast:.1f} x", flush=True)
+    if wanted("growth"):
+        taken = seconds({n: (forward_backward, layer, inputs[n]) for n in lengths}, arguments.rounds)
+        for n in lengths:
+            growth = taken[n] / taken[lengths[0]] / (n / lengths[0])
+            print(f"{n} tokens {taken[n]:.3f} s, {growth:.2f} x linear", flush=True)
+    if wanted("memory"):
+        for n in lengths:
+            with stopwatch() as cost:
+                forward_backward(layer, inputs[n])
+            print(f"{n} tokens: peak {cost['peak_bytes'] / 1e6:.0f} MB", flush=True)
+    if wanted("package"):
+        for size in arguments.chunks:
+            what = {
+                "ours": (forward_backward, NeuralMemory(width, heads, chunk=size), x),
+                "package, gradients at each chunk": (forward_backward, peer(size, width, heads, True), x),
+                "package, gradients at the first token": (forward_backward, peer(size, width, heads, False), x),
+            }
+            taken = seconds(what, arguments.rounds)
+            for name, spent in taken.items():
+                ratio = spent / taken["ours"]
+                print(f"chunk {size}, {name}: {arguments.length / spent:,.0f} tokens/s; ours {ratio:.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
