@@ -144,7 +144,8 @@ def usage(slug: str, facts: Facts) -> Iterator[str]:
     if facts.verb == "audit":
         yield f"    palimpsest audit --model MODEL --probes {slug}{given} --out FOLDER"
     elif facts.verb == "recall":
-        yield f'    palimpsest.create("{slug}")'
+        yield f'    palimpsest recall {slug} add "The key is under the mat." --store FILE'
+        yield f'    palimpsest recall {slug} search "Where is the key?" --store FILE'
     else:
         yield f"    palimpsest {facts.verb} {slug} --model MODEL{given} --out FOLDER"
 

@@ -8,8 +8,8 @@ import tyro
 from documented import PAGES, ROOT, blocks, commands, prepare
 from palimpsest import cli
 
-LONG = ("demo", "compare", "reproduce", "forget")
-"""Commands of minutes: their options are checked, the work is not done."""
+LONG = ("demo", "compare", "reproduce", "forget", "chat")
+"""Commands of minutes, or that wait for somebody: their options are checked, the work is not done."""
 
 
 class Understood(BaseException):

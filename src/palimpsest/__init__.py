@@ -49,6 +49,7 @@ _PUBLIC = {
     "audit_saved": "palimpsest.audit.session",
     "described": "palimpsest.audit.session",
     "forget": "palimpsest.forgetting",
+    "ConversationMemory": "palimpsest.recall.hema",
     "Task": "palimpsest.comparison",
     "compare": "palimpsest.comparison",
 }

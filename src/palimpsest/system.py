@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from palimpsest.audit.reading import Reading
     from palimpsest.data.records import Record, Roles
     from palimpsest.models.model import Model
+    from palimpsest.recall.memories import Change, Forgotten, Hit
     from palimpsest.run import Run
 
 VERBS = ("write", "keep", "erase", "audit", "fit", "recall")
@@ -97,19 +98,19 @@ class Store(abc.ABC):
         """The identity under which the record was stored, durable once returned."""
 
     @abc.abstractmethod
-    def search(self, query: str, limit: int = 10) -> list[Record]:
-        """The stored records nearest to the query, best first."""
+    def search(self, query: str, limit: int = 10) -> Sequence[Hit]:
+        """The stored records nearest to the query, best first, each with its identity and score."""
 
     @abc.abstractmethod
     def update(self, identity: str, record: Record) -> None:
         """Replaces a stored record, keeping the change in the history."""
 
     @abc.abstractmethod
-    def forget(self, identity: str) -> None:
-        """Deletes a record so that none of its bytes are left."""
+    def forget(self, identity: str) -> Forgotten:
+        """Deletes a record so that none of its bytes are left; says what went."""
 
     @abc.abstractmethod
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> Sequence[Change]:
         """Every change, oldest first."""
 
 

@@ -27,6 +27,10 @@ def test_a_text_has_the_same_vector_alone_and_among_others():
     assert encoder.encode([]).shape == (0, 384)
 
 
+def test_lengths_are_tokens_without_marks_and_without_a_limit():
+    assert sentence_encoder().lengths(["hello", "a " * 600, ""]) == [1, 600, 0]
+
+
 def test_it_is_loaded_once_and_trains_nothing():
     assert sentence_encoder() is sentence_encoder(DEFAULT)
     assert not sentence_encoder().encode(TEXTS).requires_grad

@@ -85,6 +85,14 @@ class Encoder:
             self._prompts[prompt] = tuple(ids)
         return self._prompts[prompt]
 
+    def conversation(self, messages: Sequence[Any]) -> tuple[int, ...]:
+        """Tokens of a chat up to where the next answer begins; without a chat template, roles are written out."""
+        if getattr(self.tokenizer, "chat_template", None):
+            return tuple(self._chat(list(messages), add_generation_prompt=True))
+        lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
+        ids = self.tokenizer("".join(lines) + "Assistant:")["input_ids"]
+        return tuple(ids[:-1] if ids and ids[-1] == self.eos and len(ids) > 1 else ids)
+
     def pair(self, prompt: str, answer: str, index: int = 0) -> Encoded:
         """A prompt and its answer, the answer and its end scored."""
         head = self.prompt(prompt)

