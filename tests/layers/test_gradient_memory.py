@@ -46,7 +46,7 @@ def tensors(memory: Memory) -> list[torch.Tensor]:
     return [*memory.weights, *memory.momentum, *memory.anchor]
 
 
-def outcome(form: Any, x: Inputs, memory: Memory, chunk: int, real: Any = None) -> tuple[list[Any], list[Any]]:
+def outcome(form: Any, x: Inputs, memory: Memory, chunk: int, real: Any, clip: Any) -> tuple[list[Any], list[Any]]:
     """What a form returns at real tokens, and the gradient of a fixed mixture of it in everything that it is given."""
     leaves = [part.detach().clone().requires_grad_() for part in (*(p for p in x if p is not None), *tensors(memory))]
     own = iter(leaves)
@@ -54,7 +54,7 @@ def outcome(form: Any, x: Inputs, memory: Memory, chunk: int, real: Any = None) 
     weights, momentum, anchor = ([next(own) for _ in part] for part in memory[:3])
     at_start = (memory.position == 0)[:, None, None]  # there the anchor is the memory itself
     anchor = [torch.where(at_start, w, old) for w, old in zip(weights, anchor, strict=True)]
-    y, after = form(x, Memory(weights, momentum, anchor, memory.position), chunk, real)
+    y, after = form(x, Memory(weights, momentum, anchor, memory.position), chunk, real, clip)
     y = y if real is None else y * real[..., None]
     rng = torch.Generator().manual_seed(1)
     found = [y, *tensors(after)]
@@ -89,7 +89,7 @@ def test_the_online_rule_settles_below_the_value_and_stale_gradients_diverge():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_chunks_equal_tokens_forward_and_gradient(data):
-    """Any depth, chunk, length; gates at their bounds; from within a chunk; rows of different lengths."""
+    """Any depth, chunk, length; gates at their bounds; clipped; from within a chunk; rows of different lengths."""
     draw = data.draw
     rows, time, chunk = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 11))
     sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
@@ -105,8 +105,9 @@ def test_chunks_equal_tokens_forward_and_gradient(data):
     real = None
     if draw(st.booleans()):
         real = torch.arange(time) < torch.tensor([[draw(st.integers(0, time))] for _ in range(rows)])
+    clip = draw(st.sampled_from([None, 0.5, 2.0, 1e6]))
     (naive, naive_grads), (fast, fast_grads) = (
-        outcome(form, x, memory, chunk, real) for form in (naive_memory, chunk_memory)
+        outcome(form, x, memory, chunk, real, clip) for form in (naive_memory, chunk_memory)
     )
     for one, other in zip(naive + naive_grads, fast + fast_grads, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)
@@ -238,6 +239,8 @@ def test_bad_input_is_named():
         gate[0, 2] = wrong
         with pytest.raises(PalimpsestError, match=f"the gate {name} is"):
             chunk_memory(x._replace(**{name: gate}), memory, 2)
+    with pytest.raises(PalimpsestError, match=r"clip is 0\.0, expected above 0"):
+        chunk_memory(x, memory, 2, None, 0.0)
     with pytest.raises(PalimpsestError, match="output has width 3, but the values have 2"):
         chunk_memory(x._replace(v=x.v[..., :2]), memory, 2)
     with pytest.raises(PalimpsestError, match="layer 0 of the memory takes width 3, but is given 2"):
@@ -259,6 +262,14 @@ def test_a_memory_that_is_no_longer_finite_names_the_chunk():
     x.v[:, 9] = float("inf")
     with pytest.raises(PalimpsestError, match=r"after chunk 3 \(of 4"):
         chunk_memory(x, memory, 3)
+
+
+def test_a_clipped_memory_cannot_run_away():
+    ones = torch.ones(1, 4000, 1)
+    gate = ones[..., 0]
+    x, start = Inputs(ones, ones, ones, gate, 0 * gate, 0.5 * gate), fresh([0 * ones[:, :1]])
+    _, after = chunk_memory(x, start, 8, None, 1.0)
+    assert after.weights[0].abs() <= 2 * 4000  # theta clip / (1 - eta) a token
 
 
 def test_a_stream_of_pairs_is_written_and_recalled():

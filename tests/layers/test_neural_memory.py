@@ -22,7 +22,8 @@ SETTINGS = (
     {"chunk": 1},
     {"momentum": False},
     {"decay": False, "convolution": 1},
-    {"theta_max": 0.6, "chunk": 3, "readout": False},
+    {"theta_max": 0.6, "chunk": 3, "clip": 0.5},
+    {"clip": None, "readout": False},
 )
 every_setting = pytest.mark.parametrize("chosen", SETTINGS, ids=str)
 
@@ -115,13 +116,24 @@ def test_what_was_read_is_recalled():
         made.filters[:8] = made.filters[8:16]
     x = tokens(5)
     y, _ = made(x)
-    value = torch.nn.functional.silu(
-        torch.nn.functional.linear(x, made.query_key_value.weight[16:]) * made.filters[16:, 0, 0]
-    )
-    torch.testing.assert_close(y, value)
+    v = x @ made.query_key_value.weight[16:].T * made.filters[16:, 0, 0]
+    torch.testing.assert_close(y, torch.nn.functional.silu(v) / 2)  # values are divided by the root of their width, 4
     with torch.no_grad():
         made.gate_bias.fill_(-1e9)
     assert made(x)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+@pytest.mark.parametrize("momentum", [-50.0, 0.0, 3.0])
+def test_a_matrix_stays_finite_even_where_all_keys_are_equal(chunk, momentum):
+    """The greatest step that the gates allow, with little and much momentum, and one token for ever."""
+    made, x = NeuralMemory(8, 2, depth=1, chunk=chunk, readout=False).double(), tokens(1).expand(-1, 60 * chunk, -1)
+    with torch.no_grad():
+        made.gates.weight.zero_()
+        made.gate_bias.copy_(torch.tensor([[5.0], [-50.0], [momentum]]))
+        y, _ = made(x)
+        v = (made._inputs(x, made.start(3)["tail"], None)[0].v).abs().max()
+    assert y.abs().max() < 2.5 * v
 
 
 @every_setting
@@ -180,6 +192,7 @@ def test_bad_input_is_named():
         ({"depth": 0}, "depth is 0"),
         ({"heads": 3}, "does not give 3 heads"),
         ({"theta_max": 0.0}, "theta_max is 0.0, expected above 0"),
+        ({"clip": 0.0}, "clip is 0.0, expected above 0"),
         ({"expansion": 0.1}, "hidden width of 0"),
     ],
 )

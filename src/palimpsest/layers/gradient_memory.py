@@ -6,6 +6,7 @@
     alpha, eta, theta [n, t]       forgetting, decay of the momentum, step size
 
     u_t = gradient of |M_g(k_t) - v_t|^2 in the weights         summed over features, no half; M_g see below
+    u_t <- u_t min(1, clip / |u_t|)                             where there is a `clip`: the norm is over all layers
     S_t = eta_t S_{t-1} - theta_t u_t
     M_t = (1 - alpha_t) M_{t-1} + S_t                           y_t = M_t(q_t)
 
@@ -30,6 +31,7 @@ Source: Behrouz et al. 2024 (arXiv 2501.00663), eq. 8-18; the closed form for de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,10 +80,10 @@ def recall(weights: Weights, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t e"
 
 
 def naive_memory(
-    x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None
+    x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None, clip: float | None = None
 ) -> tuple[Float[Tensor, "n t e"], Memory]:
     """The rule as it is written, one token after the other, gradients by autograd. The oracle of the chunk form."""
-    check(x, memory, chunk)
+    check(x, memory, chunk, clip)
 
     def loss(weights: Weights, k: Tensor, v: Tensor) -> Tensor:
         return (recall([w[None] for w in weights], k[None, None])[0, 0] - v).square().sum()
@@ -95,6 +97,9 @@ def naive_memory(
     out = []
     for t in range(x.step.shape[1]):
         u = gradient(anchor, x.k[:, t], x.v[:, t])
+        if clip is not None:
+            norm = torch.stack([g.square().sum((1, 2)) for g in u]).sum(0).sqrt()
+            u = [g * (clip / norm.clamp(min=clip))[:, None, None] for g in u]
         alpha, e, theta, written = (gate[:, t, None, None] for gate in (forget, eta, x.step, real))
         carried = [torch.where(written, e * s - theta * g, s) for s, g in zip(carried, u, strict=True)]
         weights = [torch.where(written, (1 - alpha) * w + s, w) for w, s in zip(weights, carried, strict=True)]
@@ -106,7 +111,7 @@ def naive_memory(
 
 
 def chunk_memory(
-    x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None
+    x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None, clip: float | None = None
 ) -> tuple[Float[Tensor, "n t e"], Memory]:
     """The same, a chunk at a time, from any position in a chunk; all that does not need the memory comes first.
 
@@ -114,25 +119,27 @@ def chunk_memory(
     wider; automatic mixed precision is off inside. Raises where a gate is outside [0, 1], where shapes do not fit, and,
     with the number of the chunk, where the memory stops being finite. Gradients of first order only.
     """
-    check(x, memory, chunk)
+    check(x, memory, chunk, clip)
     with torch.autocast(x.q.device.type, enabled=False):
         plan = _planned(x, memory, chunk, real)
         depth, state = len(memory.weights), (*memory.weights, *plan.begun, *memory.momentum)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*plan.chunks, *state) if x is not None)
-        y, *after = Scan.apply(keep, plan.until, depth, *plan.chunks, *state)
+        y, *after = Scan.apply(keep, plan.until, depth, clip, *plan.chunks, *state)
         weights, anchor, momentum = (after[depth * i : depth * (i + 1)] for i in range(3))
         if not all(bool(torch.isfinite(w.detach()).all()) for w in (*weights, *momentum)):
-            raise PalimpsestError(_broken(plan, memory, x))
+            raise PalimpsestError(_broken(plan, memory, x, clip))
         return plan.back(y), Memory(weights, momentum, anchor, plan.position)
 
 
 @torch.no_grad()
-def surprises(x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None) -> Float[Tensor, "n t"]:
-    """|u_t|, the norm of the gradient that each token writes, over all layers."""
-    check(x, memory, chunk)
+def surprises(
+    x: Inputs, memory: Memory, chunk: int, real: Bool[Tensor, "n t"] | None = None, clip: float | None = None
+) -> Float[Tensor, "n t"]:
+    """|u_t|, the norm of each token's gradient over all layers, before it is clipped."""
+    check(x, memory, chunk, clip)
     plan = _planned(x, memory, chunk, real)
     norms = []
-    for _, _, _, layers in walk(plan.chunks, memory.weights, plan.begun, memory.momentum):
+    for _, _, _, layers in walk(plan.chunks, memory.weights, plan.begun, memory.momentum, clip):
         squares = [layer.h.square().sum(-1) * layer.error.square().sum(-1) for layer in layers]
         norms.append(torch.stack(squares).sum(0).sqrt())
     return plan.back(torch.stack(norms)[..., None])[..., 0]
@@ -228,10 +235,12 @@ def small(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return x - torch.where(x < torch.finfo(x.dtype).eps ** 2, x, 0).detach()
 
 
-def check(x: Inputs, memory: Memory, chunk: int) -> None:
+def check(x: Inputs, memory: Memory, chunk: int, clip: float | None = None) -> None:
     """Raises where the inputs, the memory and the chunk do not fit together."""
     if chunk < 1:
         raise PalimpsestError(f"chunk is {chunk}, expected at least 1.")
+    if clip is not None and not clip > 0:
+        raise PalimpsestError(f"clip is {clip}, expected above 0.")
     rows, time, width = x.k.shape
     if not time:
         raise PalimpsestError("there are no tokens to read.")
@@ -249,14 +258,16 @@ def check(x: Inputs, memory: Memory, chunk: int) -> None:
         if gate is None:
             continue
         low, high = map(float, gate.detach().aminmax())
+        if math.isnan(low):
+            raise PalimpsestError(f"the gate {name} is not a number: the input or the layer's weights are not finite.")
         if not 0 <= low <= high <= most:
             raise PalimpsestError(f"the gate {name} is {low:g} to {high:g}, expected 0 to {most:g}.")
 
 
 @torch.no_grad()
-def _broken(plan: _Plan, memory: Memory, x: Inputs) -> str:
+def _broken(plan: _Plan, memory: Memory, x: Inputs, clip: float | None) -> str:
     """Says in which chunk the memory stopped being finite."""
-    steps = walk(plan.chunks, memory.weights, plan.begun, memory.momentum)
+    steps = walk(plan.chunks, memory.weights, plan.begun, memory.momentum, clip)
     finite = [all(bool(torch.isfinite(w).all()) for w in (*step[1], *step[2])) for step in steps]
     bad = finite.index(False)
     size = plan.chunks.k.shape[2]

@@ -6,8 +6,7 @@ the module there; G[b], E[b] are the rows of the chunk's last token),
     h' = silu(h W),   D from the top down,   a' = silu(B a W + f a S - ((a h^T) * G) D)
     W' = B_b W + f_b S - (G[b] h)^T D        S' = H_b S - (E[b] theta h)^T D
 
-The gradient is written out because a chunk is some fifty small operations: it saves the half of them, their records
-and their temporary tensors. It is compared with that of the naive form in the tests.
+The gradient is written out because a chunk is some fifty small operations, each of which would have its own record.
 """
 
 from __future__ import annotations
@@ -52,17 +51,26 @@ class Layer(NamedTuple):
     a: Tensor
     raw: Tensor  # a h^T
     r: Tensor  # a' before silu
+    scale: Tensor | None  # what the error is multiplied by where it is clipped
+
+    @property
+    def written(self) -> Tensor:
+        """The error as it is written."""
+        return self.error if self.scale is None else self.error * self.scale
 
 
 class Scan(torch.autograd.Function):
     """y [c n b e], weights and momentum after the last chunk, and the weights with which chunk `until` of a row began.
 
-    The arguments are `keep` (whether a gradient will be asked for), `until`, the depth, the parts of `Chunks`, and of
-    every layer the weights, the weights at which the first chunk's errors are taken, and the momentum.
+    The arguments are `keep` (whether a gradient will be asked for), `until`, the depth, the norm at which gradients are
+    clipped, the parts of `Chunks`, and of every layer the weights, the weights at which the first chunk's errors are
+    taken, and the momentum.
     """
 
     @staticmethod
-    def forward(ctx: Any, keep: bool, until: Int[Tensor, " n"], depth: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, keep: bool, until: Int[Tensor, " n"], depth: int, clip: float | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         """Walks, and keeps what the way back needs."""
         chunks = Chunks(*tensors[:8])
         begun, anchor, carried = (tensors[8 + depth * i : 8 + depth * (i + 1)] for i in range(3))
@@ -72,7 +80,7 @@ class Scan(torch.autograd.Function):
         momentum: Weights = carried
         kept: list[Tensor | None] = []
         out = []
-        for y, weights, momentum, layers in walk(chunks, begun, anchor, carried):  # noqa: B007
+        for y, weights, momentum, layers in walk(chunks, begun, anchor, carried, clip):  # noqa: B007
             out.append(y)
             if len(out) in last:
                 ends[len(out)] = weights
@@ -83,7 +91,7 @@ class Scan(torch.autograd.Function):
             here = (until == i)[:, None, None]
             final = [torch.where(here, a, w) for a, w in zip(old, final, strict=True)]
         ctx.save_for_backward(until, *tensors[: 8 + 2 * depth], *kept)
-        ctx.depth = depth
+        ctx.depth, ctx.clip = depth, clip
         return torch.stack(out), *weights, *final, *momentum
 
     @staticmethod
@@ -91,22 +99,22 @@ class Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Walks back."""
         with torch.autocast(dy.device.type, enabled=False):
-            return None, None, None, *_gradient(ctx, dy, grads)
+            return None, None, None, None, *_gradient(ctx, dy, grads)
 
 
 def walk(
-    chunks: Chunks, weights: Weights, anchor: Weights, momentum: Weights
+    chunks: Chunks, weights: Weights, anchor: Weights, momentum: Weights, clip: float | None = None
 ) -> Iterator[tuple[Tensor, Weights, Weights, list[Layer]]]:
     """Of each chunk what it reads, weights and momentum after it, and what its gradient needs."""
     raw = chunks.q @ chunks.k.mT
     for i in range(len(raw)):
-        y, weights, momentum, layers = _forward(chunks.at(i), weights, anchor, momentum, raw[i])
+        y, weights, momentum, layers = _forward(chunks.at(i), weights, anchor, momentum, raw[i], clip)
         anchor = weights
         yield y, weights, momentum, layers
 
 
 def _forward(
-    c: Chunks, weights: Weights, anchor: Weights, momentum: Weights, raw: Tensor
+    c: Chunks, weights: Weights, anchor: Weights, momentum: Weights, raw: Tensor, clip: float | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Layer]]:
     top = len(weights) - 1
     inputs, slopes, z, h = [c.k], [], [], c.k
@@ -122,9 +130,16 @@ def _forward(
     for i in range(top, 0, -1):
         backs.append(torch.bmm(errors[-1], anchor[i].mT))
         errors.append(backs[-1] * slopes[i - 1])
+    errors.reverse()
+    backs.reverse()
+    scale, pushed = None, errors
+    if clip is not None:
+        squares = sum(_dot(h, h) * _dot(d, d) for h, d in zip(inputs, errors, strict=True))
+        scale = clip / torch.as_tensor(squares).sqrt().clamp(min=clip)
+        pushed = [d * scale for d in errors]
     written, end = c.mixing[:, -1, :, None], c.kept[:, -1:]
     a, after, carried, layers = c.q, [], [], []
-    for i, (w, h, d, back) in enumerate(zip(weights, inputs, errors[::-1], backs[::-1], strict=True)):
+    for i, (w, h, d) in enumerate(zip(weights, inputs, pushed, strict=True)):
         raw = torch.bmm(a, h.mT) if i else raw
         r = torch.bmm(c.kept * a, w)
         new = w * end
@@ -136,7 +151,7 @@ def _forward(
             carried.append((s * c.left).baddbmm_((c.pushed * h).mT, d, alpha=-1))
         after.append(new.baddbmm_((written * h).mT, d, alpha=-1))
         r.baddbmm_(raw * c.mixing, d, alpha=-1)
-        layers.append(Layer(w, s, z[i], h, d, back, a, raw, r))
+        layers.append(Layer(w, s, z[i], h, errors[i], backs[i], a, raw, r, scale))
         a = F.silu(r) if i < top else r
     return a, after, carried, layers
 
@@ -159,7 +174,7 @@ def _gradient(ctx: Any, dy: Tensor, grads: Sequence[Tensor]) -> list[Tensor | No
         layers = [Layer(*kept[j : j + fields]) for j in range(fields * depth * i, fields * depth * (i + 1), fields)]
         begun = [layer.weights for layer in layers] if i else anchor
         d_scores[i], d_weights, d_momentum, d_anchor = _backward(
-            chunks.at(i), layers, begun, dy[i], d_weights, d_momentum, total.at(i)
+            chunks.at(i), layers, begun, dy[i], d_weights, d_momentum, total.at(i), ctx.clip
         )
         if i:
             for x, y in zip(d_weights, d_anchor, strict=True):
@@ -182,6 +197,7 @@ def _backward(
     d_after: list[Tensor],
     d_carried: list[Tensor],
     d: Chunks,
+    clip: float | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the first layer's (a h^T) * G, of the state before the chunk, and of the weights of its errors.
 
@@ -192,14 +208,14 @@ def _backward(
     d_inputs, d_errors, d_state, d_momentum = [], [], [], []
     d_a = dy
     for i in range(top, -1, -1):
-        at, grown = layers[i], d_after[i]
+        at, grown, error = layers[i], d_after[i], layers[i].written
         d_r = torch.ops.aten.silu_backward(d_a, at.r) if i < top else d_a
-        d_scores = torch.bmm(d_r, at.error.mT).neg_()
+        d_scores = torch.bmm(d_r, error.mT).neg_()
         d_error = torch.bmm((at.raw * c.mixing).mT, d_r)
         through = torch.bmm(d_r, at.weights.mT)
         d.kept.add_(_dot(at.a, through))
         d_a = through.mul_(c.kept)
-        into = torch.bmm(at.error, grown.mT)
+        into = torch.bmm(error, grown.mT)
         d_written.sub_(_dot(at.h, into))
         d_h = into.mul_(written)
         d_error.baddbmm_(written * at.h, grown)
@@ -214,7 +230,7 @@ def _backward(
             through = torch.bmm(d_r, at.momentum.mT)
             d.carried.add_(_dot(at.a, through))
             d_a.addcmul_(through, c.carried)
-            into = torch.bmm(at.error, flown.mT)
+            into = torch.bmm(error, flown.mT)
             d.pushed.sub_(_dot(at.h, into))
             d_h.addcmul_(into, c.pushed)
             d_error.baddbmm_(c.pushed * at.h, flown)
@@ -232,8 +248,23 @@ def _backward(
         d_errors.append(d_error.neg_())
         d_state.append(old)
     d.q.copy_(d_a)
-    d_anchor = _errors(layers, anchor, d_inputs[::-1], d_errors[::-1], d)
+    d_inputs.reverse()
+    d_errors.reverse()
+    if clip is not None:
+        _clipped(layers, d_inputs, d_errors, clip)
+    d_anchor = _errors(layers, anchor, d_inputs, d_errors, d)
     return d_scores, d_state[::-1], d_momentum[::-1], d_anchor
+
+
+def _clipped(layers: list[Layer], d_inputs: list[Tensor], d_errors: list[Tensor], clip: float) -> None:
+    """From the gradient of the clipped errors to that of the errors, in place."""
+    scale = layers[0].scale
+    assert scale is not None
+    d_scale = sum(_dot(d, layer.error) for d, layer in zip(d_errors, layers, strict=True))
+    shrink = torch.where(scale < 1, -d_scale * scale**3 / clip**2, 0)
+    for layer, d_input, d_error in zip(layers, d_inputs, d_errors, strict=True):
+        d_error.mul_(scale).addcmul_(layer.error, shrink * _dot(layer.h, layer.h))
+        d_input.addcmul_(layer.h, shrink * _dot(layer.error, layer.error))
 
 
 def _errors(

@@ -5,20 +5,24 @@ the token; it reads with M(q). Since M may be deep, the state holds maps that no
 rule itself, token by token and in chunks, is in `palimpsest.layers.gradient_memory`; here it gets its inputs.
 
     x                [b, t, w]      input; h heads of width d = w / h, each with a memory of its own
-    q, k, v          [b, h, t, d]   SiLU(convolution(x W_QKV)); q, k then of length 1
+    q, k, v          [b, h, t, d]   SiLU(convolution(x W_QKV)); q, k then of length 1, v divided by sqrt(d)
     alpha            [b, h, t]      sigmoid(x w_alpha + b_alpha), forgetting
     eta              [b, h, t]      sigmoid(x w_eta + b_eta), decay of the momentum
-    theta            [b, h, t]      theta_max sigmoid(x w_theta + b_theta), step size
+    theta            [b, h, t]      theta_max (1 - eta) sigmoid(x w_theta + b_theta), step size
     M                               MLP of `depth` layers, hidden width `expansion` d, SiLU between them, no biases
 
     m_t = M_t(q_t)     y_t = (RMSNorm(m_t) * SiLU(x_t W_G)) W_O
 
-Gradients are taken at the start of each chunk, in training and in decoding alike, so `chunk` belongs to the model: with
-one gradient point for b tokens the effective step is about b theta / (1 - eta), hence theta_max = 1 / chunk by default.
+Gradients are taken at the start of each chunk, in training and in decoding alike, so `chunk` belongs to the model.
+With one gradient point for b tokens the effective step is about b theta / (1 - eta); with theta_max = 1 / chunk, the
+default, a matrix stays bounded under constant gates even where all keys are equal. The curvature of a deep memory has
+no such bound, so each token's gradient is clipped at the norm `clip` (over all its layers; None: not at all): that
+keeps the state finite. Where it stops being finite all the same, an error names the chunk.
 
 Source: Behrouz et al. 2024 (arXiv 2501.00663), sections 3.1, 3.2, 4.4; there is no official code. Decided here, where
-the paper says nothing: heads, convolution of width 4, sigmoid gates and theta_max, two layers with SiLU and expansion
-2, learned starting weights (Xavier; zeros for one layer), RMSNorm of each head, SiLU for the output gate, and a start
+the paper says nothing: heads, convolution of width 4, sigmoid gates, theta_max and its factor 1 - eta, `clip`, values
+divided by sqrt(d) (a scale that W_QKV can undo), two layers with SiLU and expansion 2,
+learned starting weights (Xavier; zeros for one layer), RMSNorm of each head, SiLU for the output gate, and a start
 that forgets little: with alpha 0.007 two layers were drawn to zero within 2,000 random tokens, with 0.001 they live.
 """
 
@@ -62,6 +66,7 @@ class NeuralMemory(nn.Module):
         expansion: float = 2.0,
         chunk: int = 16,
         theta_max: float | None = None,
+        clip: float | None = 10.0,
         convolution: int = 4,
         momentum: bool = True,
         decay: bool = True,
@@ -75,12 +80,14 @@ class NeuralMemory(nn.Module):
             raise PalimpsestError(f"width {width} does not give {heads} heads.")
         if theta_max is not None and not theta_max > 0:
             raise PalimpsestError(f"theta_max is {theta_max}, expected above 0.")
+        if clip is not None and not clip > 0:
+            raise PalimpsestError(f"clip is {clip}, expected above 0.")
         inner = int(expansion * width / heads)
         if inner < 1:
             raise PalimpsestError(f"expansion {expansion} gives a hidden width of {inner}, expected at least 1.")
         self.width, self.heads, self.chunk, self.convolution = width, heads, chunk, convolution
         self.theta_max = 1 / chunk if theta_max is None else theta_max
-        self.momentum, self.decay, self.readout = momentum, decay, readout
+        self.clip, self.momentum, self.decay, self.readout = clip, momentum, decay, readout
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.filters = nn.Parameter(torch.empty(3 * width, 1, convolution))
         self.gates = nn.Linear(width, heads * (1 + decay + momentum), bias=False)
@@ -137,7 +144,7 @@ class NeuralMemory(nn.Module):
         x, tail = self._inputs(hidden, state["tail"], mask)
         real = None if mask is None else mask.repeat_interleave(self.heads, 0)
         before = self._memory(state)
-        read, after = chunk_memory(x, before, self.chunk, real)
+        read, after = chunk_memory(x, before, self.chunk, real, self.clip)
         self._show(x, before, real)
         m = read.unflatten(0, (-1, self.heads)).transpose(1, 2)
         return self._out(m, hidden), self._state(after, tail)
@@ -212,7 +219,9 @@ class NeuralMemory(nn.Module):
         step, *others = raw.sigmoid().permute(2, 0, 3, 1).flatten(1, 2).unbind(0)
         forget = others.pop(0) if self.decay else None
         eta = others.pop(0) if self.momentum else None
-        return Inputs(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, self.theta_max * step, forget, eta), tail
+        step = self.theta_max * (step if eta is None else step * (1 - eta))
+        v = v * v.shape[-1] ** -0.5
+        return Inputs(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, step, forget, eta), tail
 
     def _convolved(
         self, x: Float[Tensor, "b t c"], filters: Tensor, tail: Float[Tensor, "b s c"], lengths: Int[Tensor, " b"]
@@ -233,7 +242,7 @@ class NeuralMemory(nn.Module):
     def _show(self, x: Inputs, memory: Memory, real: Tensor | None) -> None:
         found = {"forget": x.forget, "momentum": x.momentum, "step": x.step}
         if self.tracing:
-            found["surprise"] = surprises(x, memory, self.chunk, real)
+            found["surprise"] = surprises(x, memory, self.chunk, real, self.clip)
         self.trace = {
             name: gate.detach().unflatten(0, (-1, self.heads)) for name, gate in found.items() if gate is not None
         }
