@@ -32,7 +32,8 @@ from palimpsest.write.train_lm import TRAINING, Corpus, Size, trained_memory
     fidelity="paper only",
     deviations=(
         "sizes for one machine: 4 layers of width 256; the paper trains 170M to 760M parameters",
-        "not stated there: heads, convolution of width 4, sigmoid gates, greatest step 1 / chunk, expansion 2, SiLU",
+        "not stated there: heads, convolution of width 4, sigmoid gates, steps of at most (1 - eta) / chunk, expansion 2",
+        "a token's gradient is clipped at a norm of 10, without which deep memories have been seen to diverge",
         "in `mac` a token sees what the memory recalls for tokens up to its own only, so that the model stays causal",
     ),
 )
@@ -42,7 +43,10 @@ class Titans(Method):
     variant: Variant = setting(default="mag", origin="paper", help="how memory and attention go together")
     depth: int = setting(default=2, at_least=1, origin="paper: 1 to 4", help="layers of the memory; 1: a matrix")
     expansion: float = setting(default=2.0, above=0, origin="ours", help="hidden width of the memory, in heads' widths")
-    chunk: int = setting(default=32, at_least=1, origin="ours", help="tokens that share one point of the gradient")
+    chunk: int = setting(default=16, at_least=1, origin="ours", help="tokens that share one point of the gradient")
+    clip: float | None = setting(
+        default=10.0, above=0, origin="ours", help="largest norm of a token's gradient; None: any"
+    )
     window: int = setting(default=64, at_least=1, origin="ours", help="tokens that attention looks back, or a segment")
     persistent: int = setting(default=4, at_least=0, origin="ours", help="learned vectors before the sequence")
     momentum: bool = setting(default=True, origin="paper", help="surprise carries over to the next tokens")
@@ -53,7 +57,7 @@ class Titans(Method):
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The new model; perplexity over the steps is in its ledger entry."""
-        fields = ("depth", "expansion", "chunk", "persistent", "momentum", "decay")
+        fields = ("depth", "expansion", "chunk", "clip", "persistent", "momentum", "decay")
         chosen: dict[str, Any] = {"variant": self.variant, **{name: getattr(self, name) for name in fields}}
         if self.variant != "memory-only":
             chosen["window"] = self.window
