@@ -22,7 +22,8 @@ keeps the state finite. Where it stops being finite all the same, an error names
 Source: Behrouz et al. 2024 (arXiv 2501.00663), sections 3.1, 3.2, 4.4; there is no official code. Decided here, where
 the paper says nothing: heads, convolution of width 4, sigmoid gates, theta_max and its factor 1 - eta, `clip`, values
 divided by sqrt(d) (a scale that W_QKV can undo), two layers with SiLU and expansion 2, learned starting weights
-(Xavier; zeros for one layer), RMSNorm of each head, SiLU for the output gate, and a start that forgets little: with alpha 0.007 two layers were drawn to zero within 2,000 random tokens, with 0.001 they live.
+(Xavier; zeros for one layer), RMSNorm of each head, SiLU for the output gate, and a start that forgets little: with
+alpha 0.007 two layers were drawn to zero within 2,000 random tokens, with 0.001 they live.
 """
 
 from __future__ import annotations
