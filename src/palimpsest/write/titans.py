@@ -32,7 +32,7 @@ from palimpsest.write.train_lm import TRAINING, Corpus, Size, trained_memory
     fidelity="paper only",
     deviations=(
         "sizes for one machine: 4 layers of width 256; the paper trains 170M to 760M parameters",
-        "not stated there: heads, convolution of width 4, sigmoid gates, steps of at most (1 - eta) / chunk, expansion 2",
+        "not stated there: heads, convolution of width 4, sigmoid gates, largest step (1 - eta) / chunk, expansion 2",
         "a token's gradient is clipped at a norm of 10, without which deep memories have been seen to diverge",
         "in `mac` a token sees what the memory recalls for tokens up to its own only, so that the model stays causal",
     ),
