@@ -86,6 +86,16 @@ def test_the_online_rule_settles_below_the_value_and_stale_gradients_diverge():
     assert scalar(chunk_memory, 8, 400)[1].weights[0].item() == pytest.approx(-1.5e33, rel=0.05)
 
 
+def test_a_memory_that_is_zero_has_a_gradient_under_a_clip():
+    x, memory = drawn(1, 3, [2, 3, 2])
+    x = x._replace(forget=torch.ones_like(x.forget), step=torch.zeros_like(x.step), momentum=None)
+    memory = memory._replace(momentum=[])
+    naive, fast = (outcome(form, x, memory, 1, None, 0.5) for form in (naive_memory, chunk_memory))
+    for one, other in zip(naive[0] + naive[1], fast[0] + fast[1], strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_chunks_equal_tokens_forward_and_gradient(data):

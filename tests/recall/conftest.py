@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 
 from palimpsest.recall.hema import ConversationMemory
 from remembering import HashedWords
+
+
+TRIES = 3
+"""A busy machine has been seen to be too slow for a server's start, and to end it between two tests."""
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +29,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], st
         return psycopg.connect(servers[-1].get_uri(), autocommit=True)
 
     def database() -> str:
-        try:
-            connection = psycopg.connect(servers[-1].get_uri(), autocommit=True) if servers else start()
-        except psycopg.OperationalError:  # a busy machine has been seen to end it between two tests
-            connection = start()
+        for attempt in range(TRIES):
+            try:
+                again = servers and not attempt
+                connection = psycopg.connect(servers[-1].get_uri(), autocommit=True) if again else start()
+                break
+            except (psycopg.OperationalError, subprocess.SubprocessError):
+                if attempt == TRIES - 1:
+                    raise
         with connection:
             connection.execute("DROP SCHEMA IF EXISTS palimpsest CASCADE")
         return servers[-1].get_uri()

@@ -98,8 +98,8 @@ def naive_memory(
     for t in range(x.step.shape[1]):
         u = gradient(anchor, x.k[:, t], x.v[:, t])
         if clip is not None:
-            norm = torch.stack([g.square().sum((1, 2)) for g in u]).sum(0).sqrt()
-            u = [g * (clip / norm.clamp(min=clip))[:, None, None] for g in u]
+            squares = torch.stack([g.square().sum((1, 2)) for g in u]).sum(0)
+            u = [g * (clip / squares.clamp(min=clip**2).sqrt())[:, None, None] for g in u]
         alpha, e, theta, written = (gate[:, t, None, None] for gate in (forget, eta, x.step, real))
         carried = [torch.where(written, e * s - theta * g, s) for s, g in zip(carried, u, strict=True)]
         weights = [torch.where(written, (1 - alpha) * w + s, w) for w, s in zip(weights, carried, strict=True)]
