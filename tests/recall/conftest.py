@@ -11,7 +11,6 @@ import pytest
 from palimpsest.recall.hema import ConversationMemory
 from remembering import HashedWords
 
-
 TRIES = 3
 """A busy machine has been seen to be too slow for a server's start, and to end it between two tests."""
 
