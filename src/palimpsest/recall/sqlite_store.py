@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,13 +273,22 @@ class SQLiteEngine:
                 self.all("INSERT INTO words (words) VALUES ('optimize')")
             if self.path is not None:
                 self.all("VACUUM")
-                if self.all("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+                if not self._emptied_log():
                     raise PalimpsestError(
                         f"{self.name}: removed, but another process still reads the log, where the bytes may be left. "
                         "Run `doctor --scrub` when it has ended."
                     )
             # only now: a kill before this line leaves the store marked as not yet scrubbed
             self.all("UPDATE counters SET value = ? WHERE name = 'scrubs'", (forgets,))
+
+    def _emptied_log(self) -> bool:
+        """Empties the log; SQLite waits for readers and writers, but not for a checkpoint of another process."""
+        until = time.monotonic() + sqlite_file.WAIT
+        while busy := self.all("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.01)
+        return not busy
 
     def problems(self) -> list[str]:
         """What SQLite, the full-text index and the tables say is wrong."""
