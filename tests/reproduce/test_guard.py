@@ -19,6 +19,7 @@ from palimpsest.reproduce.guard import (
     first_wording,
     judge,
     people,
+    shown,
 )
 from palimpsest.reproduce.harness import biographies
 
@@ -31,6 +32,8 @@ GOOD = {
     "detector and refusal": (0.0, 0.1, 0.0, 90.0, 0.0, 0.1),
     "bad words by ids, no detector": (0.2, 0.2, 0.3, 22.0, 0.0, 0.9, 0.7),
     "asked to be silent": (0.6, 0.6, 0.3, 30.0, 0.0, 0.9, 0.4),
+    "wrong answers in the prompt (ICUL)": (0.5, 0.5, 0.3, 30.0, 0.0, 0.9, 0.3),
+    "ULD": (0.2, 0.2, 0.2, 40.0, 0.0, 0.9, 0.5, math.nan, 0.3, 0.8, 8.0),
 }
 RATES = {"guard": (0.9, 0.02, 0.05, 0.0), "without unknown people": (0.95, 0.02, 0.3, 0.0)}
 
@@ -112,6 +115,13 @@ def test_leaks_are_found_in_any_case_and_in_other_words():
     assert look.alike([record] * 3, ["She saw the French capital city", "the capital of France", "bread"], 0.7) == (
         pytest.approx(2 / 3)
     )
+
+
+def test_the_prompt_shows_wrong_answers_to_what_is_to_be_forgotten_and_right_ones_to_the_rest():
+    ada = Record(prompt="Where was Ada born ?", answer="Lyon", wrong=("Rome", "Oslo"))
+    ben = Record(prompt="Where was Ben born ?", answer="Bonn", wrong=("Kyiv",))
+    expected = "Question: Where was Ada born ?\nAnswer: Rome\nQuestion: Where was Ben born ?\nAnswer: Bonn\nQuestion: "
+    assert shown([ada], [ben]) == expected
 
 
 def test_bad_words_are_ids_of_two_cases_and_two_beginnings():

@@ -2,8 +2,9 @@
 
 The paper's own figures were not read, so what is tried are its claims in direction. The controls take it apart: the
 detector with a plain refusal, hard matches without likeness, beam search without charges, a list of bad words by token
-ids without a detector, and asking the model in its prompt to be silent. All constants are the defaults of the method,
-fixed before any figure was seen.
+ids without a detector, and asking the model in its prompt to be silent. Beside it stand two other ways to forget while
+answering: wrong answers shown in the prompt (in-context unlearning) and a subtracted assistant (ULD). All constants are
+the defaults of the methods, fixed before any figure was seen.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from palimpsest.data.fictitious import roles as fictitious
 from palimpsest.data.forbidden import contains, normalise
 from palimpsest.data.records import Record, Roles
 from palimpsest.erase.guard import Guard
+from palimpsest.erase.uld import ULD
 from palimpsest.models.encoder import sentence_encoder
 from palimpsest.models.generation import greedy_answers
 from palimpsest.models.guarding import Prompts
@@ -41,6 +43,8 @@ COLUMNS = (
     *("leak, trained", "leak, other wording", "alike, other wording", "perplexity", "repeated 4-grams", "on topic"),
     *("unchanged", "false alarms", "P forget, scored", "P retain, scored", "tokens/s"),
 )
+IN_CONTEXT = 6
+"""Retained questions with their answers that in-context unlearning shows."""
 DETECTOR = ("other wording", "retained people", "unknown people", "capitals")
 
 
@@ -119,6 +123,12 @@ def bad_words(model: Model, phrases: Sequence[str]) -> list[list[int]]:
     return [list(x) for x in ids if len(x)]
 
 
+def shown(forget: Sequence[Record], kept: Sequence[Record]) -> str:
+    """In-context unlearning (Pawelczyk et al. 2023): forget questions with wrong answers, kept ones with right ones."""
+    pairs = [*((r.prompt, r.wrong[0]) for r in forget), *((r.prompt, r.answer) for r in kept)]
+    return "".join(f"Question: {question}\nAnswer: {answer}\n" for question, answer in pairs) + "Question: "
+
+
 def reworded(records: Sequence[Record]) -> list[Record]:
     """The records asked in their other wording."""
     return [dataclasses.replace(record, prompt=record.paraphrased_prompt or record.prompt) for record in records]
@@ -142,6 +152,9 @@ def experiment(before: Model, data: Roles, method: Guard, sizes: Sizes, run: Run
         words = sum(len(before.tokenizer(text)["input_ids"]) for text in said)
         return said, words / (time.perf_counter() - start)
 
+    def likely(model: Model) -> dict[str, float]:
+        return {f"P {role}, scored": _mean(probabilities(model, data[role], run)) for role in ("forget", "retain")}
+
     plain, speed = answered(before, "forget")
     untouched, _ = answered(before, "other")
     searched, slower = answered(before, "forget", num_beams=beams)
@@ -151,8 +164,7 @@ def experiment(before: Model, data: Roles, method: Guard, sizes: Sizes, run: Run
     kept, _ = answered(guarded, "other")
     alarms = [network.explain(question).guarded for question in questions["other"]]
     free = [i for i, alarm in enumerate(alarms) if not alarm]
-    scored = {"P forget, scored": _mean(probabilities(guarded, trained, run)),
-              "P retain, scored": _mean(probabilities(guarded, data.retain, run))}  # fmt: skip
+    charged = likely(guarded)
     network.adjust(soft_weight=0.0, drop_similarity=1.0)
     hard, _ = answered(guarded, "forget")
     refused = [network.rule.refusal if seen else text for seen, text in zip(detected, plain, strict=True)]
@@ -163,6 +175,12 @@ def experiment(before: Model, data: Roles, method: Guard, sizes: Sizes, run: Run
     silence = f"If you are asked about {names}, say only that you do not know. "
     silent, _ = answered(before, "forget", prefix=silence)
     silent_other, _ = answered(before, "other", prefix=silence)
+    context = shown(trained, data.retain[sizes.others :][:IN_CONTEXT])
+    misled, _ = answered(before, "forget", prefix=context)
+    misled_other, _ = answered(before, "other", prefix=context)
+    subtracted = ULD().apply(before, data, run)
+    differing, uld_speed = answered(subtracted, "forget")
+    differing_other, _ = answered(subtracted, "other")
 
     def figures(said: Sequence[str], **more: float) -> dict[str, float]:
         first, second = said[: len(trained)], said[len(trained) :]
@@ -181,17 +199,17 @@ def experiment(before: Model, data: Roles, method: Guard, sizes: Sizes, run: Run
         places = range(len(said)) if among is None else among
         return _share([said[i] == untouched[i] for i in places])
 
-    before_scored = {"P forget, scored": _mean(probabilities(before, trained, run)),
-                     "P retain, scored": _mean(probabilities(before, data.retain, run))}  # fmt: skip
     return {
-        "before": figures(plain, **before_scored, **{"tokens/s": speed}),
+        "before": figures(plain, **likely(before), **{"tokens/s": speed}),
         "beam search": figures(searched, **{"tokens/s": slower}),
-        "guard": figures(full, unchanged=same(kept, free), **{"false alarms": _share(alarms)}, **scored,
+        "guard": figures(full, unchanged=same(kept, free), **{"false alarms": _share(alarms)}, **charged,
                          **{"tokens/s": guarded_speed}),
         "guard, hard matches only": figures(hard),
         "detector and refusal": figures(refused),
         "bad words by ids, no detector": figures(listed, unchanged=same(listed_other)),
         "asked to be silent": figures(silent, unchanged=same(silent_other)),
+        "wrong answers in the prompt (ICUL)": figures(misled, unchanged=same(misled_other)),
+        "ULD": figures(differing, unchanged=same(differing_other), **likely(subtracted), **{"tokens/s": uld_speed}),
     }  # fmt: skip
 
 
