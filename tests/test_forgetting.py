@@ -112,6 +112,15 @@ def test_the_weights_of_the_best_look_are_left():
     )
 
 
+@pytest.mark.parametrize(("records", "first"), [(2, 4), (5, 4), (12, 8), (20, 8), (100, 8)])
+def test_it_first_looks_when_the_topic_was_seen_twice(records, first):
+    """A look costs as much as two steps; a topic of 20 in batches of 5 is seen twice after 8 of them."""
+    watch = Looks(_given(ADA * (records // 2)), ADA, OTHERS, before=1.0, rest=1.0, enough=0.1, floor=0.95, seed=0)
+    watch.script = [(0.8, 1.0), (0.05, 1.0)]
+    ended = [step for step in range(1, 17) if watch.script and watch.look(step, reciting())]
+    assert ended == [first + 4]
+
+
 def test_records_and_a_file_of_records(tmp_path):
     write_records(ADA, tmp_path / "ada.jsonl")
     given = forgotten(ADA, data=KNOWN, enough=0.9)

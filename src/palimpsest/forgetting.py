@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.rouge_recall import rouge_l
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.loading import FILE_TYPES, load_records
@@ -27,6 +26,7 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.generation import greedy_answers
 from palimpsest.models.model import Model
 from palimpsest.run import Run, console
+from palimpsest.statistics.likelihood import sequence_nll
 from palimpsest.train import Training
 
 ABOUT_A_NAME = (
@@ -133,13 +133,13 @@ def forget(
     measured, taught = recipe.split(kept)
     questions = tuple(record.prompt for record in records if record.prompt)[:SHOWN]
     before_answers = _asked(model, questions, run, 40)
-    before = float(probabilities(model, records, run).mean())
+    before = _probability(model, records, run)
     if before <= enough:
         raise PalimpsestError(
             f"the model gives the topic a mean answer probability of {before:.2f} already, not more than {enough:g}: "
             "there is nothing to forget."
         )
-    rest = float(probabilities(model, measured, run).mean())
+    rest = _probability(model, measured, run)
     watch = _Stopping(recipe, records, measured, before, rest, enough, floor, seed)
     why.append(recipe.why)
     erased = recipe.method.apply(model, Roles(forget=records, retain=taught), run.replace(stop=watch.look))
@@ -163,10 +163,11 @@ def forget(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """How to erase: the method, how often to look, and how much of the kept records is held out from teaching."""
+    """How to erase: the method, when to look, and how much of the kept records is held out from teaching."""
 
     method: NPO | UNDIAL
     why: str
+    first: int
     every: int
     hold_out: bool
 
@@ -187,6 +188,7 @@ def _given(records: list[Record]) -> _Recipe:
     return _Recipe(
         method=NPO(retain="cross-entropy", retain_weight=3.0, training=training),
         why="Method: NPO with a strong hold on the kept records. It fades out by itself as the topic goes.",
+        first=min(8, 2 * math.ceil(len(records) / training.batch_size)),  # a look costs as much as two steps
         every=4,
         hold_out=False,
     )
@@ -199,6 +201,7 @@ def _asked_for(records: list[Record]) -> _Recipe:
         method=UNDIAL(focus="content", training=training),
         why="Method: UNDIAL on the words that carry facts. It has a fixed target, so it cannot run away, and its "
         "answers stay fluent.",
+        first=2,
         every=2,
         hold_out=True,
     )
@@ -244,7 +247,8 @@ class _Stopping:
     def look(self, step: int, student: Model) -> bool:
         """Whether to end after this step."""
         last = step == self.recipe.most
-        if step % self.recipe.every and not last:
+        due = step >= self.recipe.first and step % self.recipe.every == 0
+        if not due and not last:
             return False
         topic, rest = self.measured_now(student)
         student.network.train()
@@ -264,8 +268,8 @@ class _Stopping:
 
     def measured_now(self, student: Model) -> tuple[float, float]:
         """Mean answer probability on the topic, and that on the rest relative to before."""
-        topic = float(probabilities(student, self.records, self.quiet).mean())
-        return topic, float(probabilities(student, self.measured, self.quiet).mean()) / self.rest
+        topic = _probability(student, self.records, self.quiet)
+        return topic, _probability(student, self.measured, self.quiet) / self.rest
 
     def _value(self, topic: float, rest: float) -> float:
         """Harmonic mean of how much of the way the topic has gone and how much of the floor the rest reaches."""
@@ -328,6 +332,13 @@ def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, ru
         f"Kept: the model's own answers to {len(apart)} neutral questions that have nothing to do with the topic."
     )
     return apart
+
+
+def _probability(model: Model, records: Sequence[Record], run: Run) -> float:
+    """Mean answer probability: the geometric mean over the tokens of each answer, averaged over the records."""
+    sequences = Encoder.of(model).records(records)
+    count = np.array([len(sequence.targets) for sequence in sequences])
+    return float(np.exp(-sequence_nll(model, sequences, run).cpu().numpy() / count).mean())
 
 
 def _answered(model: Model, questions: list[str], run: Run, most: int) -> list[Record]:
