@@ -8,8 +8,12 @@ import json
 import numpy as np
 import pytest
 
+from memorised import quiet
+from palimpsest.data.records import Roles
+from palimpsest.models.loading import load
+from palimpsest.reproduce import domains
 from palimpsest.reproduce.adept import ALL, MOST, arms, judge
-from palimpsest.reproduce.domains import at_equal_domain_loss, domain_roles
+from palimpsest.reproduce.domains import at_equal_domain_loss, domain_roles, reader
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +29,25 @@ def texts(tmp_path, monkeypatch):
     monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path))
 
 
-def test_what_is_measured_is_neither_learned_nor_probed():
+def test_what_is_measured_is_neither_learned_nor_probed_nor_read():
     data = domain_roles(3, 20, 10, 8)
-    assert [len(data[role]) for role in ("train", "domain", "general", "kept")] == [20, 10, 8, 10]
+    assert [len(data[role]) for role in ("train", "domain", "general", "read", "kept")] == [20, 10, 8, 22, 10]
+    assert not {r.text for r in data.read} & {r.text for r in (*data.general, *data.kept)}
     assert not {r.text for r in data.train} & {r.text for r in data.domain}
     assert not {r.text for r in data.general} & {r.text for r in data.kept}
     assert all("#### " in record.text for record in data.train)
     assert all("Title" not in record.text for record in data.kept)
     assert domain_roles(3, 20, 10, 8).digest() == data.digest() != domain_roles(4, 20, 10, 8).digest()
+
+
+def test_the_reader_has_read_and_is_trained_once(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(domains, "load", lambda run: load(saved, run=run))
+    data = domain_roles(3, 20, 10, 8)
+    path = reader(3, data, tmp_path, quiet())
+    entry = load(path).ledger.entries[-1]
+    assert (entry.method, entry.data) == ("finetune", Roles(train=data.read).digest())
+    monkeypatch.setattr(domains, "load", None)
+    assert reader(3, data, tmp_path, quiet()) == path
 
 
 def test_curves_are_compared_where_the_domain_is_learned_equally_well():

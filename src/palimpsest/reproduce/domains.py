@@ -1,5 +1,7 @@
 """Real texts for what keeps a model: a new domain to learn (GSM8K), and text that it should not forget (WikiText-2).
 
+A model that never read such text has nothing to lose: `reader` is the embedded one after some of WikiText-2.
+
 Read from the folder that `PALIMPSEST_DATA` names (`gsm8k/test.jsonl`, `wikitext2/valid.txt` and `test.txt`), else from
 the hub. Pieces are drawn from the seed; what is measured on is never learned or probed.
 """
@@ -16,15 +18,32 @@ import numpy as np
 
 from palimpsest.data.encoding import Encoded, Encoder
 from palimpsest.data.records import Record, Roles
+from palimpsest.models.loading import load
 from palimpsest.models.model import Model
 from palimpsest.reproduce.runner import Figure
 from palimpsest.run import Run
 from palimpsest.statistics.likelihood import score
+from palimpsest.train import Training
+from palimpsest.write.finetune import Finetune
 
 LENGTH = 128
 """Tokens of a piece, at most."""
 WORDS = (50, 120)
 """How long a paragraph of WikiText must be."""
+
+READ = 128
+"""Paragraphs that the reader reads."""
+READING = Finetune(
+    training=Training(
+        learning_rate=3e-5,
+        epochs=1,
+        batch_size=4,
+        weight_decay=0.0,
+        warmup_epochs=0.1,
+        decay="constant",
+        max_length=LENGTH,
+    )
+)
 
 Source = Literal["gsm8k", "wikitext-valid", "wikitext-test"]
 
@@ -53,10 +72,10 @@ def texts(source: Source) -> list[str]:
 
 
 def domain_roles(seed: int, learn: int, measure: int, probe: int) -> Roles:
-    """`train` and `domain` from GSM8K, `general` to probe with and `kept` to measure on from WikiText-2."""
+    """`train` and `domain` from GSM8K; `general` to probe with, `read` and `kept` to measure on from WikiText-2."""
     rng = np.random.default_rng([seed, learn])
     problems, before, after = (texts(name) for name in ("gsm8k", "wikitext-valid", "wikitext-test"))
-    order = rng.permutation(len(problems))
+    order, known = rng.permutation(len(problems)), rng.permutation(len(before))
 
     def drawn(pool: list[str], at: np.ndarray) -> list[Record]:
         return [Record(text=pool[i]) for i in at]
@@ -64,9 +83,19 @@ def domain_roles(seed: int, learn: int, measure: int, probe: int) -> Roles:
     return Roles(
         train=drawn(problems, order[measure : measure + learn]),
         domain=drawn(problems, order[:measure]),
-        general=drawn(before, rng.permutation(len(before))[:probe]),
+        general=drawn(before, known[:probe]),
+        read=drawn(before, known[probe : probe + READ]),
         kept=drawn(after, rng.permutation(len(after))[:measure]),
     )
+
+
+def reader(seed: int, data: Roles, folder: Path, run: Run) -> Path:
+    """Where the embedded model is that has read `read`; trained where it is not there yet."""
+    saved = folder / f"reader-{seed}"
+    if not saved.exists():
+        own = run.replace(seed=seed, in_place=True, folder=None)
+        READING.apply(load(run=run), Roles(train=data.read), own).save_pretrained(saved)
+    return saved
 
 
 class Losses:
