@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
+from palimpsest.recall.finding import diverse
 from remembering import HashedWords, left_of, unit
 
 LYON = "Ada lives in Lyon."
@@ -54,6 +57,85 @@ def test_scores_are_explained(opened):
     expected = float(np.dot(*HashedWords().encode(["Lyon", LYON])))
     assert hit.score == hit.why["cosine"] == pytest.approx(expected, abs=1e-5)
     assert hit.why["salience"] == pytest.approx(1.5)  # the search before was its use, in the same turn
+
+
+def test_hits_can_be_made_to_differ(opened):
+    """Two texts say the same; the third is a little further away, but something else."""
+    memory = opened()
+    vectors = [[1.0, 0.0], [0.99, 0.14], [0.8, -0.6]]
+    wide = np.zeros((3, memory.items.opened.width))
+    wide[:, :2] = vectors
+    memory.items.add([Record(text=text) for text in ("lemon", "melon", "plum")], vectors=wide)
+    query = wide[0] + wide[1] / 2
+    assert texts(memory.search("", 2, vector=query)) == ["lemon", "melon"]
+    assert texts(memory.search("", 2, vector=query, diversity=0.7)) == ["lemon", "plum"]
+    assert texts(memory.search("", 3, vector=query, diversity=1.0)) == ["lemon", "plum", "melon"]
+    assert texts(opened(diversity=0.7).search("", 2, vector=query)) == ["lemon", "plum"]
+    for ranking in ("words", "fused"):
+        assert texts(memory.search("lemon", 1, ranking=ranking, diversity=0.2)) == ["lemon"]
+    assert memory.search("nothing of it", 2, ranking="words", diversity=0.5) == []
+    with pytest.raises(PalimpsestError, match="expected from 0 to 1"):
+        memory.search("lemon", diversity=1.5)
+
+
+def test_maximal_marginal_relevance_by_hand():
+    """Second choice: 0.5 * 0.9 - 0.5 * 1.0 = -0.05 for the likeness, 0.5 * 0.3 - 0.5 * 0.0 = 0.15 for the stranger."""
+    vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert diverse(np.array([1.0, 0.9, 0.3]), vectors, 3, 0.5) == [0, 2, 1]
+    assert diverse(np.array([1.0, 0.9, 0.3]), vectors, 2, 0.0) == [0, 1]
+
+
+def test_a_second_opinion_orders_the_nearest_anew(opened):
+    seen = []
+
+    def shortest(query, found):
+        seen.append((query, len(found)))
+        return [-len(text) for text in found]
+
+    memory = opened(reranker=shortest)
+    memory.items.add([Record(text=LYON + " " + "More words. " * i) for i in range(12)])
+    hits = memory.search("Lyon", 2)
+    assert seen == [("Lyon", 8)]
+    assert [hit.score for hit in hits] == [hit.why["rerank"] for hit in hits]
+    assert len(hits[0].text) < len(hits[1].text)
+    with pytest.raises(PalimpsestError, match="the reranker gave 1 scores for 8 texts"):
+        opened(reranker=lambda query, found: [1.0]).search("Lyon", 2)
+
+
+def test_a_gate_sees_everything_before_it_is_stored(opened, place):
+    """Whatever comes in, by any way, is stored as the gate gives it: nowhere are the private words left."""
+
+    def gate(record):
+        if "poison" in record.text:
+            raise PalimpsestError("the gate refuses this text.")
+        return dataclasses.replace(record, text=record.text.replace("0171 5550", "[phone number]"))
+
+    memory = opened(gate=gate)
+    first = memory.add(Record(text="Call me on 0171 5550."))
+    memory.add_turn("My number is 0171 5550, remember it.", "I will call 0171 5550.")
+    memory.items.supersede(first, Record(text="Rather call 0171 5550 at night."))
+    memory.update(memory.add(Record(text="A note.")), Record(text="A note: 0171 5550."))
+    assert len(memory.items.all("all")) == 5
+    assert sum("[phone number]" in found.text for found in memory.items.all("all")) == 5
+    assert "[phone number]" in memory.summary
+    assert not any("0171" in f"{change.before}" for change in memory.history())
+    with pytest.raises(PalimpsestError, match="the gate refuses this text"):
+        memory.add(Record(text="poison"))
+    assert len(memory.items.all("all")) == 5
+    memory.close()
+    if not place.startswith("postgres"):
+        assert not left_of("0171 5550", Path(place).parent)
+
+
+def test_vectors_of_what_is_gone_are_zero(opened):
+    memory = opened()
+    kept, gone = memory.items.add([Record(text="one"), Record(text="two")])
+    numbers = memory.items.numbers([kept]) + memory.items.numbers([gone])
+    memory.forget(gone)
+    found = memory.items.opened.engine.vectors(numbers)
+    assert np.linalg.norm(found, axis=1).round(5).tolist() == [1.0, 0.0]
+    memory.forget(kept)
+    assert not memory.items.opened.engine.vectors(numbers).any()
 
 
 def test_words_are_found_where_meaning_is_not(opened):

@@ -107,13 +107,16 @@ def _search(slug: str, words: list[str]) -> None:
         """all: what was superseded, faded or expired as well"""
         filter: str | None = None
         """JSON filter on metadata: '{"topic": "travel"}'"""
+        diversity: float = 0.0
+        """0 to 1: how much the results should differ from each other"""
         touch: bool = False
         """count it as use, which delays fading"""
         json: bool = False
         """machine-readable, with the reasons for every score"""
 
     options = _parsed(Options, words, f"recall {slug} search")
-    how = {"ranking": options.ranking, "view": options.view, "touch": options.touch, "where": _filter(options.filter)}
+    how = {name: getattr(options, name) for name in ("ranking", "view", "diversity", "touch")}
+    how["where"] = _filter(options.filter)
     with options.where.open(slug) as memory:
         hits = memory.search(options.query, options.limit, **how)
     if options.json:

@@ -57,7 +57,7 @@ class Engine(Protocol):
         """What salience is computed from."""
 
     def vectors(self, numbers: Sequence[int]) -> Any:
-        """The vectors of chunks."""
+        """The vectors of chunks; zero for one that is no longer there."""
 
     def new_width(self, width: int) -> None:
         """Drops all vectors and takes those of another width from now on."""

@@ -1,16 +1,19 @@
-"""Search: by meaning, by words, or by both, with filters, and the reasons for every hit.
+"""Search: by meaning, by words, or by both, with filters, a second opinion, diversity, and the reasons for every hit.
 
 fused score = sum over both rankings of 1 / (60 + rank)        reciprocal rank fusion (Cormack et al. 2009)
+next hit    = argmax (1 - d) relevance - d max cosine to those before it
+                                                               maximal marginal relevance (Carbonell, Goldstein 1998)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 
 from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.recall import reading
@@ -26,19 +29,33 @@ FUSION = 60
 """The constant of reciprocal rank fusion, from its paper."""
 DEEP = 100
 """How far down each of two rankings is read before they are fused."""
+POOL = 4
+"""Candidates for each wanted hit where not all of them will be shown."""
+Reranker = Callable[[str, list[str]], Sequence[float]]
+"""A number for each text, higher where it answers the query better; `CrossEncoder.predict` gives them, for one."""
 Weights = Callable[[Any, Any], Any]
 """Salience of chunks from their turns and last retrievals."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is looked for: a text or its vector, how many, a filter on metadata, and by what they are ranked."""
+    """What is looked for: a text or its vector, how many, a filter on metadata, and by what they are ranked.
+
+    `diversity` from 0 to 1 trades nearness for being unlike the other hits; `reranker` orders the candidates anew.
+    """
 
     query: str
     vector: Any
     limit: int
     where: Mapping[str, Any] | None
     ranking: Ranking
+    diversity: float = 0.0
+    reranker: Reranker | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many candidates are needed."""
+        return self.limit * (POOL if self.diversity or self.reranker else 1)
 
 
 def find(opened: Opened, asked: Question, sight: Sight, weights: Weights) -> list[Hit]:
@@ -49,15 +66,49 @@ def find(opened: Opened, asked: Question, sight: Sight, weights: Weights) -> lis
         raise PalimpsestError(f"limit is {asked.limit!r}, expected a whole number of at least 1.")
     if asked.ranking not in get_args(Ranking):
         raise PalimpsestError(f"ranking is {asked.ranking!r}. {nearest(str(asked.ranking), get_args(Ranking))}")
+    if not 0 <= asked.diversity <= 1:
+        raise PalimpsestError(f"diversity is {asked.diversity}, expected from 0 to 1.")
     test = compiled(asked.where) if asked.where is not None else None
     vector = opened.encode([asked.query])[0] if asked.vector is None else check_vector(asked.vector, opened.width)
-    depth = asked.limit if test is None else 4 * asked.limit
+    depth = asked.wanted if test is None else 4 * asked.wanted
     while True:
         ranked = _ranked(opened, asked, vector, sight, depth)
         hits = _hits(opened, ranked, vector, test, weights)
-        if len(hits) >= asked.limit or len(ranked) < depth:
-            return hits[: asked.limit]
+        if len(hits) >= asked.wanted or len(ranked) < depth:
+            return _selected(opened, asked, hits[: asked.wanted])
         depth *= 4
+
+
+def diverse(
+    relevance: Float[np.ndarray, " hits"], vectors: Float[np.ndarray, "hits width"], limit: int, diversity: float
+) -> list[int]:
+    """Positions by maximal marginal relevance, best first: Carbonell and Goldstein 1998."""
+    likeness = vectors @ vectors.T
+    nearest = np.full(len(relevance), -1.0)
+    chosen: list[int] = []
+    for _ in range(min(limit, len(relevance))):
+        value = (1 - diversity) * relevance - diversity * nearest
+        value[chosen] = -np.inf
+        chosen.append(int(value.argmax()))
+        nearest = np.maximum(nearest, likeness[chosen[-1]])
+    return chosen
+
+
+def _selected(opened: Opened, asked: Question, hits: list[Hit]) -> list[Hit]:
+    """The hits to show out of the candidates."""
+    if asked.reranker is not None and hits:
+        scores = [float(score) for score in asked.reranker(asked.query, [hit.text for hit in hits])]
+        if len(scores) != len(hits):
+            raise PalimpsestError(f"the reranker gave {len(scores)} scores for {len(hits)} texts.")
+        order = sorted(range(len(hits)), key=lambda i: -scores[i])
+        hits = [dataclasses.replace(hits[i], score=scores[i], why={**hits[i].why, "rerank": scores[i]}) for i in order]
+    if not asked.diversity or not hits:
+        return hits[: asked.limit]
+    relevance = np.array([hit.score for hit in hits])
+    if asked.reranker is not None or asked.ranking != "dense":  # scores of another scale than cosines
+        relevance = (relevance - relevance.min()) / max(np.ptp(relevance), 1e-12)
+    vectors = opened.engine.vectors([hit.number for hit in hits])
+    return [hits[i] for i in diverse(relevance, vectors, asked.limit, asked.diversity)]
 
 
 def fused(rankings: Mapping[str, list[tuple[int, float]]]) -> list[tuple[int, float]]:

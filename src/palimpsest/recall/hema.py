@@ -34,7 +34,7 @@ from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
 from palimpsest.recall import finding, reading
-from palimpsest.recall.items import Items
+from palimpsest.recall.items import Gate, Items
 from palimpsest.recall.memories import Change, Forgotten, Hit, Scope, Summary, View
 from palimpsest.recall.opening import Opened, open_store
 from palimpsest.recall.prompt import Prompt, compose
@@ -88,6 +88,13 @@ class ConversationMemory(Store):
     repeated: Literal["merge", "keep"] = setting(
         default="merge", origin="mem0", help="what `add` does with a known text"
     )
+    diversity: float = setting(
+        default=0.0,
+        at_least=0,
+        at_most=1,
+        origin="ours",
+        help="how unlike each other hits should be",
+    )
     exact_below: int = setting(default=50_000, at_least=0, origin="ours", help="chunks that are searched one by one")
 
     @classmethod
@@ -97,17 +104,23 @@ class ConversationMemory(Store):
         *,
         encoder: Any = None,
         summariser: Summariser | None = None,
+        gate: Gate | None = None,
+        reranker: finding.Reranker | None = None,
         must_exist: bool = False,
         read_only: bool = False,
         **settings: Any,
     ) -> Self:
-        """The memory in a store, opened now; `encoder` may be an object with `name`, `width`, `encode`, `lengths`."""
+        """The memory in a store, opened now; `encoder` may be an object with `name`, `width`, `encode`, `lengths`.
+
+        `gate(record)` gives what every record is stored as, or raises: the place for taking out what is private.
+        `reranker(query, texts)` gives scores by which the nearest candidates are ordered anew.
+        """
         named = encoder if encoder is None or isinstance(encoder, str) else str(encoder.name)
         memory = cls(store=str(store), encoder=named, **settings)
         given = None if named is encoder else encoder
         memory.__dict__["_open"] = open_store(memory.store, named, given, must_exist=must_exist, read_only=read_only)
-        if summariser is not None:
-            memory.__dict__["summariser"] = summariser
+        own = {"summariser": summariser, "gate": gate, "reranker": reranker}
+        memory.__dict__.update({name: value for name, value in own.items() if value is not None})
         return memory
 
     def __enter__(self) -> Self:
@@ -139,6 +152,7 @@ class ConversationMemory(Store):
             rewrite=self._rewritten,
             chunk_tokens=self.chunk_tokens,
             repeated=self.repeated,
+            gate=vars(self).get("gate"),
         )
 
     @property
@@ -181,11 +195,12 @@ class ConversationMemory(Store):
             raise PalimpsestError("the user's text is empty; there is no turn to remember.")
         said = {role: text for role, text in zip(SPOKEN, (user, reply), strict=True) if text.strip()}
         news = [self.items.news(Record(text=text), role=role, happened=happened) for role, text in said.items()]
+        words = "\n".join("".join(chunk.text for chunk in chunks) for chunks in news)  # as the gate let them in
         for attempt in range(TRIES):
             # others may write while a summary is made; who keeps being too slow makes it while they wait
             with self._open.engine.transaction() if attempt == TRIES - 1 else nullcontext():
                 state = self.items.state
-                summary = self.summariser(state.summary, "\n".join(said.values()))
+                summary = self.summariser(state.summary, words)
                 versions = [("running", summary)]
                 due = (state.turn + 1) % self.cadence == 0
                 if due:
@@ -235,12 +250,24 @@ class ConversationMemory(Store):
         as_of: float | None = None,
         where: Mapping[str, Any] | None = None,
         ranking: finding.Ranking | None = None,
+        diversity: float | None = None,
         touch: bool = True,
         skip: frozenset[int] = frozenset(),
     ) -> list[Hit]:
-        """The nearest chunks, best first. Being found counts as use, and delays fading, unless not `touch`."""
+        """The nearest chunks, best first; `diversity` from 0 to 1 makes them differ from each other.
+
+        Being found counts as use, and delays fading, unless not `touch`.
+        """
         sight, turn = self.items.sight(view, as_of=as_of, without=skip), self.items.state.turn
-        asked = finding.Question(query, vector, limit, where, ranking or self.ranking)
+        asked = finding.Question(
+            query,
+            vector,
+            limit,
+            where,
+            ranking or self.ranking,
+            self.diversity if diversity is None else diversity,
+            vars(self).get("reranker"),
+        )
         hits = finding.find(self._open, asked, sight, lambda since, last: self._weights(since, last, turn))
         if touch and hits and not self._open.engine.read_only:
             self._open.storage.touch([hit.number for hit in hits], turn)

@@ -31,6 +31,8 @@ from palimpsest.recall.opening import Opened
 
 Rewrite = Callable[[Summary, Mapping[int, str]], str | None]
 """A summary without texts that are forgotten; None drops it."""
+Gate = Callable[[Record], Record]
+"""What a record is to be stored as, its private parts taken out, say; raises where it must not be stored at all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Items:
     rewrite: Rewrite
     chunk_tokens: int = 256
     repeated: Literal["merge", "keep"] = "merge"
+    gate: Gate | None = None
 
     def sight(self, view: View = "current", **how: Any) -> Sight:
         """What is seen now."""
@@ -74,6 +77,7 @@ class Items:
         self, record: Record, *, vector: Any = None, happened: float | None = None, role: str = "note", **about: Any
     ) -> list[New]:
         """The chunks of a record with their vectors; `vector` where it is known. Times are seconds since 1970."""
+        record = record if self.gate is None else self.gate(record)
         text = text_of(record)
         if vector is not None:
             parts, vectors = [text], [check_vector(vector, self.opened.width)]

@@ -212,10 +212,12 @@ class PostgresEngine:
         return Ages(columns[0], columns[1], columns[2], columns[3].astype(bool))
 
     def vectors(self, numbers: Sequence[int]) -> Float[np.ndarray, "chunks width"]:
-        """The vectors of chunks."""
+        """The vectors of chunks; zero for one that is no longer there."""
         listed = ", ".join(map(str, numbers)) or "NULL"
         rows = dict(self.all(f"SELECT number, vector FROM vectors WHERE number IN ({listed})"))
-        return np.array([rows[n].to_numpy() for n in numbers], np.float32).reshape(-1, self.width)
+        gone = np.zeros(self.width, np.float32)
+        found = [rows[n].to_numpy() if n in rows else gone for n in numbers]
+        return np.array(found, np.float32).reshape(-1, self.width)
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 

@@ -176,10 +176,10 @@ class SQLiteEngine:
             return self._index.ages(self._mask(sight))
 
     def vectors(self, numbers: Sequence[int]) -> Float[np.ndarray, "chunks width"]:
-        """The vectors of chunks."""
+        """The vectors of chunks; zero for one that is no longer there."""
         with self._lock:
             self._follow()
-            return self._index.vectors[np.searchsorted(self._index["number"], numbers)]
+            return self._index.of(numbers)
 
     # --- the copy in memory ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,14 @@ class VectorIndex:
     def vectors(self) -> Float[np.ndarray, "chunks width"]:
         """All vectors, in the order of their numbers."""
         return self._vectors[: self.size]
+
+    def of(self, numbers: Sequence[int]) -> Float[np.ndarray, "chunks width"]:
+        """The vectors of chunks; zero for one that is not there."""
+        wanted = np.asarray(numbers, np.int64)
+        there = np.isin(wanted, self["number"])
+        found = np.zeros((len(wanted), self.vectors.shape[1]), np.float32)
+        found[there] = self.vectors[np.searchsorted(self["number"], wanted[there])]
+        return found
 
     def put(self, columns: Mapping[str, np.ndarray], vectors: Float[np.ndarray, "new width"]) -> None:
         """Adds chunks in ascending order of their numbers, or replaces those that are already there."""
