@@ -53,7 +53,7 @@ def test_the_given_model_stays_and_the_ledger_of_the_result_tells(result):
     assert before.digest() == digest != after.digest()
     assert before.story is None
     assert [entry.method for entry in after.ledger.entries] == ["finetune", "npo"]
-    assert after.ledger.entries[-1].settings["retain_weight"] == 3.0
+    assert after.ledger.entries[-1].settings["retain_weight"] == 10.0
 
 
 def test_the_story_is_true(result):

@@ -186,7 +186,7 @@ def _given(records: list[Record]) -> _Recipe:
     """Where there are records to keep: NPO with a strong hold on them."""
     training = _training(records, 5, learning_rate=6e-5, steps=40)
     return _Recipe(
-        method=NPO(retain="cross-entropy", retain_weight=3.0, training=training),
+        method=NPO(retain="cross-entropy", retain_weight=10.0, training=training),
         why="Method: NPO with a strong hold on the kept records. It fades out by itself as the topic goes.",
         first=min(8, 2 * math.ceil(len(records) / training.batch_size)),  # a look costs as much as two steps
         every=4,
