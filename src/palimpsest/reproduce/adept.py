@@ -1,7 +1,8 @@
 """ADEPT against full training and against other ways to expand, on a real language model.
 
 The embedded model has read WikiText-2, which should stay while it learns GSM8K. Losses on both are measured along the
-way, and arms are compared where they have learned the domain equally well.
+way, and arms are compared where they have learned the domain equally well. Two rates, one for all weights and one that
+the expansions share, were chosen on seed 1000: the lowest of a ladder of threes that learns 0.3 nats in 16 steps.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from palimpsest.write.finetune import Finetune
 
 STEPS, BATCH, EVERY, COPIES, REFRESH = 32, 4, 8, 4, 8
 MEASURED, PROBED = 24, 16
-FULL_RATE, COPIES_RATE = 3e-5, 1e-3
+FULL_RATE, COPIES_RATE = 3e-5, 3e-4
 
 
 def training(rate: float) -> Training:
