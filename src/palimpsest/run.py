@@ -66,8 +66,12 @@ class Run:
     def warn(self, text: str) -> None:
         """Says at once, and in the ledger entry, what a user should know before trusting the result."""
         self.notes.setdefault("warnings", []).append(text)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Says at once what a user who watches should know; nothing where progress is not shown."""
         if self.progress:
-            console().print(f"[yellow]{text}[/yellow]", highlight=False)
+            console().print(text, style="yellow", highlight=False, markup=False)
 
     def torch_device(self) -> torch.device:
         """The device that is meant: `auto` is the accelerator where there is one."""

@@ -31,7 +31,8 @@ WORLD = people()[4:6]
 def battery() -> list[Probe]:
     relearning = create("relearning", share=0.25, training=Training(learning_rate=3e-3, epochs=4, warmup_epochs=0.0))
     own = ("relearning", "verbatim-memory", "knowledge-memory", "recitation")
-    suited = [x for x, facts in catalogue().items() if facts.verb == "audit" and facts.takes != "classifier"]
+    every = [slug for slug, facts in catalogue().items() if facts.verb == "audit" and facts.takes != "classifier"]
+    suited = [slug for slug in every if slug != "member-gains"]  # which is for mixtures
     rest = probes([probe for probe in suited if probe not in own], FAST)
     recitation = create("recitation", prefix=2, suffix=3)
     memory = [create("verbatim-memory", max_new_tokens=FAST), create("knowledge-memory", shots=0)]
@@ -138,6 +139,17 @@ def test_the_perplexity_is_that_of_the_texts(llama, run):
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_measured_is_said_once(llama, capsys):
+    run = quiet(progress=True)
+    for model in (llama, llama.copy()):
+        audit(model, data().replace(holdout=None), probes(["membership", "answer-probability"]), run)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count('membership was not measured: membership needs the role "holdout"') == 1
+    assert "answer-probability" not in told
+    audit(llama, data().replace(holdout=None), probes(["membership"]), quiet())
+    assert not capsys.readouterr().err
 
 
 def test_a_probe_that_fails_does_not_lose_the_others(llama):

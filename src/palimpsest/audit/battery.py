@@ -114,6 +114,9 @@ def audit(
         except Exception as error:
             told = f"{error}" if isinstance(error, PalimpsestError) else f"{type(error).__name__}: {error}"
             failures.append({"probe": probe.facts.slug, "error": told})
+            said = f"{probe.facts.slug} was not measured: {told}"
+            if run.cache.setdefault(("said", said), said) is said:  # once, however many models lack the same
+                run.tell(said)
             continue
         readings.append(dataclasses.replace(reading, seconds=time.perf_counter() - start))
     return Audit(tuple(readings), tuple(failures))
