@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memorised import quiet
+from palimpsest.data.records import Roles
 from palimpsest.reproduce import dmm
 from palimpsest.reproduce.dmm import (
     COMPUTED,
@@ -18,18 +19,27 @@ from palimpsest.reproduce.dmm import (
     MATCHED,
     OURS,
     OURS_TRAK,
+    PARTIAL,
     PLAIN_DIRECT,
     RETAIN,
     SWEEP,
+    TURNS,
     judge,
     measure,
     new_network,
     records_of,
 )
+from palimpsest.statistics.predictions import classify
 
 SWEPT = [f"{name}, {rate:g}, {steps} steps" for rate, steps in SWEEP for name in ("GA", "GA + GD")]
+TURNED = [
+    title
+    for rate, back, away in TURNS
+    for title in (f"SCRUB, {rate:g}, {back} and {away} steps", f"GA, then GD, {rate:g}, {away} and {back} steps")
+]
+ANEW = [f"learned anew, {epochs} of 100 epochs" for epochs in PARTIAL]
 STEPPED = [f"GD on retain, {rate:g}, {steps} steps" for rate, steps in RETAIN]
-TITLES = (DO_NOTHING, FLOOR, PLAIN_DIRECT, DIRECT, OURS, OURS_TRAK, MATCHED, *SWEPT, *STEPPED)
+TITLES = (DO_NOTHING, FLOOR, PLAIN_DIRECT, DIRECT, OURS, OURS_TRAK, MATCHED, *SWEPT, *TURNED, *STEPPED, *ANEW)
 
 
 def cells(*numbers):
@@ -68,6 +78,8 @@ def test_a_table_as_in_the_specification_holds():
         (with_row(OURS, 1.0, 2.0, 3.6), [2]),
         (with_row(SWEPT[3], 0.9, 3.0, 4.0), [3]),
         (with_row(SWEPT[5], 1.0, 3.0, 4.0), [3]),
+        (with_row(TURNED[0], 0.9, 3.0, 4.0), [3]),
+        (with_row(TURNED[1], 5.0, 3.0, 0.9), [4]),
         (with_row(SWEPT[2], 5.0, 3.0, 0.9), [4]),
         (with_row(SWEPT[2], 1.0, 2.0, 1.0), [3, 4, 5]),
         ({**GOOD, "facts": {"multiplier": 1.1, "difference": 0.1}}, [6]),
@@ -112,7 +124,9 @@ def small(tmp_path_factory):
         "HALVES": 60,
         "TRAK": 2,
         "SWEEP": SWEEP[:1],
+        "TURNS": TURNS[:1],
         "RETAIN": RETAIN[:1],
+        "PARTIAL": (15,),
         "METHOD": dataclasses.replace(dmm.METHOD, training=dataclasses.replace(dmm.METHOD.training, epochs=20)),
         "LEARNING": dataclasses.replace(dmm.LEARNING, epochs=30),
     }
@@ -127,9 +141,16 @@ def small(tmp_path_factory):
 
 def test_the_experiment_computes_every_row_once(small, monkeypatch):
     folder, outcome, _ = small
-    assert [row["model"] for row in outcome.rows] == [*TITLES[:7], *SWEPT[:2], STEPPED[0]]
+    assert [row["model"] for row in outcome.rows] == [
+        *TITLES[:7],
+        *SWEPT[:2],
+        *TURNED[:2],
+        STEPPED[0],
+        "learned anew, 15 of 30 epochs",
+    ]
     counts = {row["model"]: int(row[COMPUTED]) for row in outcome.rows}
     assert (counts[DO_NOTHING], counts[OURS], counts[SWEPT[0]]) == (0, 20 * 90, 10 * 15)
+    assert counts[TURNED[0]] == counts[TURNED[1]] == 10 * 185 + 5 * 15
     monkeypatch.setattr(dmm, "scores", lambda *given: pytest.fail("it was measured again"))
     assert measure([1000], folder, quiet()) == outcome
 
@@ -142,3 +163,17 @@ def test_the_batch_is_the_method_and_not_one_with_other_settings(small, monkeypa
     assert trial.difference(1, batched.roll(1, 0)) > 0.1
     monkeypatch.setattr(dmm, "METHOD", dataclasses.replace(dmm.METHOD, multiplier=3.0))
     assert trial.difference(0, batched) > 0.01
+
+
+def test_scrub_in_a_batch_is_the_method_on_each_network(small):
+    _, _, trial = small
+    training = dataclasses.replace(dmm.SCRUBBING, learning_rate=3e-3, epochs=4, batch_size=KNOWN)
+    method = dmm.SCRUB(forget_epochs=2, training=training)
+    batched, computed = trial.scrubbed(method)
+    assert computed == 4 * 185 + 2 * 15
+    forget, retain = ([trial.records[i] for i in rows] for rows in (trial.forget, trial.retain))
+    for number in (0, 3):
+        alone = method.apply(trial.before.model(number), Roles(forget=forget, retain=retain), quiet())
+        logits = classify(alone, trial.records, quiet()).logits
+        assert float((logits - batched[number]).abs().max()) < 0.01
+        assert float((logits - trial.outputs[number]).abs().max()) > 0.5

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch.testing import assert_close
 
 from conftest import build_model, build_text_classifier
 from memorised import quiet
@@ -87,6 +90,23 @@ def test_targets_and_weights_belong_to_their_rows():
     right = torch.tensor([record.label for record in KNOWN[4:12]])
     chances = [e.logits(KNOWN)[:, 4:12].softmax(-1)[:, range(8), right].mean() for e in (start, ascent)]
     assert chances[1] < chances[0]
+
+
+def test_weights_of_each_step_let_records_take_turns():
+    """Four records count in the first half of the steps: it is the training on these four alone; the others, then."""
+    start, rows = Ensemble.of(several("vit")), torch.arange(8).expand(3, -1)
+    first = torch.tensor([2.0] * 4 + [0.0] * 4)
+    training = dataclasses.replace(WHOLE, epochs=6, decay="constant", warmup_epochs=0.0)
+    turns = torch.stack([first] * 3 + [2 - first] * 3)
+    after = train_together(start, KNOWN, rows, training, quiet(), weights=turns)
+    half = dataclasses.replace(training, epochs=3)
+    before = train_together(start, KNOWN, rows[:, :4], half, quiet())
+    same = train_together(start, KNOWN, rows, half, quiet(), weights=turns[:3])
+    for name, weight in before.parameters.items():
+        assert_close(same.parameters[name], weight, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after.logits(KNOWN), same.logits(KNOWN), atol=1e-2)
+    with pytest.raises(PalimpsestError, match=r"weights have shape \[3, 8\], expected \[8\] or \[6, 8\]"):
+        train_together(start, KNOWN, rows, training, quiet(), weights=turns[:3])
 
 
 def test_subsets_have_exactly_their_size_and_every_record_the_same_chance():

@@ -8,7 +8,7 @@ by batch (the same order from the same seed, AdamW, warm-up, schedule, and clipp
 
     theta_m   [M, *weight]   weights of network m, all of one architecture
     rows_m    [M, batch]     which of the points network m learns from; equally many for all
-    w         [batch]        weight of each of them, for a loss of opposite signs
+    w         [batch]        weight of each of them, for a loss of opposite signs or one that takes turns
 
     L_m = mean over rows_m of w l(f(x; theta_m), target)
 
@@ -102,32 +102,36 @@ def train_together(
     seeds: Sequence[int] | None = None,
     targets: Float[Tensor, "models points classes"] | None = None,
     loss: RowLoss | None = None,
-    weights: Float[Tensor, " batch"] | None = None,
+    weights: Float[Tensor, "*steps batch"] | None = None,
     mode: Literal["train", "eval"] = "train",
     label: str = "training together",
 ) -> Ensemble:
     """Every network trained on its rows of the records: to their labels, or with `loss` to the rows of `targets`.
 
     `seeds` give the order of the mini-batches, as a run of that seed would draw it. `weights` belong to the columns of
-    `rows`. `mode` is that of `palimpsest.train`. Raises where a loss stops being a number.
+    `rows`, the same for all steps or a row for each. `mode` is that of `palimpsest.train`. Raises where a loss stops
+    being a number.
     """
     count = _check(start, records, rows, training)
     inputs, labels = _batch(start, records)
     given = labels.expand(len(start), -1) if targets is None else targets
     measure: RowLoss = loss or (lambda logits, target: F.cross_entropy(logits, target, reduction="none"))
-    weights = torch.ones(count) if weights is None else weights
     parameters = {name: w.clone().requires_grad_(True) for name, w in start.parameters.items()}
     buffers = {name: x.clone() for name, x in start.buffers.items()}
     network = start.network.train(mode == "train")
     forward = vmap(_forward(network), (0, 0, 0), randomness="different")
     optimizer, schedule, steps = _optimizer(network, parameters, training, count)
+    weights = torch.ones(count) if weights is None else weights
+    if weights.shape not in ((count,), (steps, count)):
+        raise PalimpsestError(f"weights have shape {list(weights.shape)}, expected [{count}] or [{steps}, {count}].")
     models = torch.arange(len(start))[:, None]
     with run.seeded(), run.bar(label, steps) as advance:
-        for places in _order(len(start), count, training, steps, seeds or range(len(start))):
+        order = _order(len(start), count, training, steps, seeds or range(len(start)))
+        for weight, places in zip(weights.expand(steps, count), order, strict=True):
             chosen = rows.gather(1, places)
             logits = forward(parameters, buffers, {name: x[chosen] for name, x in inputs.items()})
             of_row = vmap(measure)(logits, given[models, chosen])
-            losses = (of_row * weights[places]).mean(1)
+            losses = (of_row * weight[places]).mean(1)
             if not torch.isfinite(losses).all():
                 bad = int((~torch.isfinite(losses)).nonzero()[0])
                 raise PalimpsestError(f"the loss of network {bad} is {float(losses[bad].detach())}. Lower the rate.")
