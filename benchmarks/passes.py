@@ -3,7 +3,7 @@
 All run in turn in one process, on the same model and batches; the ratios are what counts. `one by one` is the loop that
 everybody writes: a backward pass an example, squares added up.
 
-    python benchmarks/passes.py vit convnet lm
+    python benchmarks/passes.py vit small-vit convnet lm
 """
 
 import argparse
@@ -17,6 +17,7 @@ from palimpsest.data.fictitious import people
 from palimpsest.data.records import Record
 from palimpsest.models.model import Model
 from palimpsest.reproduce.classifier import new_classifier
+from palimpsest.reproduce.loss_curvature import new_classifier as digits_vit
 from palimpsest.run import Run
 from palimpsest.statistics.curvature import input_grams, kfac_factors
 from palimpsest.statistics.examples import Examples
@@ -36,6 +37,11 @@ def vit():
     network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10))
     records = [Record(image=torch.randn(3, 32, 32), label=i % 10) for i in range(64)]
     return Model(network.eval()), records, {"layers": [0, 5], "wanted": ["mlp_up", "mlp_down"], "positions": "first"}
+
+
+def small_vit():
+    """The ViT of the loss-curvature reproduction on 8 x 8 digits: 151,000 weights, 5 positions."""
+    return digits_vit(0), digits(0)["train"][:512], None
 
 
 def convnet():
@@ -103,12 +109,12 @@ def compare(name, make, size, rounds, most):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["vit", "convnet", "lm"])
+    parser.add_argument("models", nargs="*", default=["vit", "small-vit", "convnet", "lm"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()
-    makers = {"vit": vit, "convnet": convnet, "lm": lm}
+    makers = {"vit": vit, "small-vit": small_vit, "convnet": convnet, "lm": lm}
     for name in arguments.models:
         compare(name, makers[name], arguments.batch, arguments.rounds, arguments.examples)
 

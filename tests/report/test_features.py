@@ -66,6 +66,7 @@ def test_the_verdict_in_words_is_kept_and_told(tmp_path):
         ("logit/retain", "gold", "What must stay"),
         ("kl/forget", "lower", "Forgetting"),
         ("probability/forget", "lower", "Forgetting"),
+        ("gain/forget", "none", "Other"),
     ],
 )
 def test_every_value_has_its_direction_and_place(name, better, section):

@@ -72,6 +72,7 @@ def test_numbers_are_written_for_readers():
     assert (p_value(0.43), p_value(0.0012), p_value(3.1e-19)) == ("0.43", "0.0012", "3.1×10⁻¹⁹")
     assert metric("perplexity/general").show(18.34) == "18.3"
     assert metric("rouge/forget").show(float("nan")) == "\N{EM DASH}"
+    assert [metric("gain/forget").show(x) for x in (-0.004, -0.3)] == ["0.00", "\N{MINUS SIGN}0.30"]
 
 
 def test_closeness_is_relative_for_perplexity_and_a_test_for_forget_quality():

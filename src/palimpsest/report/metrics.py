@@ -48,7 +48,7 @@ class Metric:
             return "\N{EM DASH}"
         if self.style == "p":
             return p_value(number)
-        return f"{number:.{1 if self.style == 'decimal' else 2}f}".replace("-", "\N{MINUS SIGN}")
+        return f"{number:z.{1 if self.style == 'decimal' else 2}f}".replace("-", "\N{MINUS SIGN}")
 
     def closeness(self, number: float, gold: float) -> Closeness:
         """How close a value is to the gold model's."""
@@ -177,6 +177,11 @@ _METRICS: dict[str, Metric] = {
         blind="Accuracy looks at the last layer only: a model whose head alone was changed passes, and what it knew is "
         "still in its features.",
     ),
+    "gain": Metric(
+        title="What the mixture adds to a token, nats",
+        blind="A gain is over the first member of the mixture: it says nothing of what that one already knew.",
+    ),
+    "likelier": Metric(title="Tokens that the mixture makes likelier", bounds=_UNIT),
     "member": Metric(title="Called members by their entropy", section="Being found out", better="gold", bounds=_UNIT),
     "zrf": Metric(title="Randomness of predictions (ZRF)", section="Forgetting", better="gold", bounds=_UNIT),
     "kl": Metric(title="Divergence from gold (KL)", better="lower", bounds=(0.0, math.inf)),
@@ -215,6 +220,8 @@ _METRICS: dict[str, Metric] = {
     ),
     "gibberish": Metric(title="Gibberish", section="Health of the text", better="lower", bounds=_UNIT),
 }
+_NEITHER = ("gain", "likelier")
+"""Heads of values that are neither good nor bad."""
 _ALIKE = ("kl", "logit", "cka_gold", "knn", "linear")
 """Heads that compare with gold whatever the role."""
 ATTACKS = {
@@ -252,7 +259,7 @@ def metric(name: str) -> Metric:
         return known
     section: Section = known.section
     better = known.better
-    if section == "Other":
+    if section == "Other" and head not in _NEITHER:
         erased = tail in FORGOTTEN
         section = "Forgetting" if erased else "Other" if tail.startswith("downstream") else "What must stay"
         if head == "truth_ratio":
