@@ -47,10 +47,11 @@ def member_log_probs(
     for group in run.track(list(rows(sequences, ROW_TOKENS)), "members"):
         packed = arrange([sequences[i] for i in group]).to(model.device)
         keep, place = torch.unique(packed.at, return_inverse=True)
+        owner = packed.owner.cpu().numpy()
         for name, log_p in network.scores(**packed.inputs(), logits_to_keep=keep).items():
             own = log_p[packed.row, place, packed.targets].cpu().numpy()
             for position, i in enumerate(group):
-                found.setdefault(name, {})[i] = own[packed.owner.cpu().numpy() == position]
+                found.setdefault(name, {})[i] = own[owner == position]
     return {name: [each[i] for i in range(len(sequences))] for name, each in found.items()}
 
 

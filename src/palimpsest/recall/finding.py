@@ -32,7 +32,7 @@ DEEP = 100
 POOL = 4
 """Candidates for each wanted hit where not all of them will be shown."""
 Reranker = Callable[[str, list[str]], Sequence[float]]
-"""A number for each text, higher where it answers the query better; `CrossEncoder.predict` gives them, for one."""
+"""A number for each text, higher where it answers the query better, as a cross-encoder gives for the two as a pair."""
 Weights = Callable[[Any, Any], Any]
 """Salience of chunks from their turns and last retrievals."""
 
