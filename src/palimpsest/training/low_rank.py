@@ -37,11 +37,13 @@ def projector(gradient: Float[Tensor, "m n"], rank: int, side: Side, exact: bool
 
     Without `exact` they come from a randomised decomposition with two power iterations.
     """
-    matrix = gradient.float() if side == "right" else gradient.float().mT
     if exact:
-        return torch.linalg.svd(matrix, full_matrices=False)[2][:rank]
-    wide = min(rank + 8, *matrix.shape)
-    return torch.svd_lowrank(matrix, q=wide, niter=2)[2].mT[:rank]
+        u, _, vt = torch.linalg.svd(gradient.float(), full_matrices=False)
+    else:
+        u, _, v = torch.svd_lowrank(gradient.float(), q=min(rank + 8, *gradient.shape), niter=2)
+        vt = v.mT
+    # not the transpose's right vectors: their signs are other ones, and moments outlive a basis
+    return vt[:rank] if side == "right" else u.mT[:rank]
 
 
 def down(matrix: Float[Tensor, "m n"], basis: Float[Tensor, "r k"], side: Side) -> Tensor:
