@@ -19,6 +19,7 @@ from palimpsest.audit.answers import Answer
 from palimpsest.audit.membership import min_k, min_k_plus
 from palimpsest.erase.flat import flat_loss
 from palimpsest.erase.gradient_ascent import kl_divergence
+from palimpsest.erase.loss_curvature import kept_pairs
 from palimpsest.erase.npo import npo_loss
 from palimpsest.erase.preference import dpo_loss
 from palimpsest.erase.rmu import sequence_mse
@@ -26,11 +27,15 @@ from palimpsest.erase.simnpo import simnpo_loss
 from palimpsest.erase.ssd import dampen
 from palimpsest.erase.undial import lowered
 from palimpsest.keep.lines import coefficients
-from palimpsest.models.combination import difference
+from palimpsest.layers.recurrences import Inputs, chunk_recurrence, naive_recurrence
+from palimpsest.models.combination import difference, interpolate
 from palimpsest.statistics.klom import klom
 from palimpsest.statistics.likelihood import token_scores
 from palimpsest.statistics.predictions import margins
+from palimpsest.statistics.representations import linear_cka
+from palimpsest.statistics.targets import Soft
 from palimpsest.training.low_rank import GaLoreAdamW
+from palimpsest.write.memory_decoder import hybrid_loss
 
 
 def wave(*shape: int, phase: float = 0.0) -> Tensor:
@@ -157,6 +162,52 @@ def test_scrub():
     assert float(loss) == pytest.approx(1.27918561)
 
 
+def test_loss_curvature_keeps_the_same_pairs():
+    """goodfire-ai/memorization_kfac at 8d059db, `_top_pairs_by_product` of kfac_treatment_pairwise.py: ratio 0.85."""
+    curvature = torch.tensor([4.0, 2.0, 1.0, 0.5])[:, None] * torch.tensor([3.0, 1.0, 0.25])
+    expected = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [3, 0]]
+    assert kept_pairs(curvature, 0.85).nonzero().tolist() == expected
+
+
+# --- write -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_decoder():
+    """LUMIA-Group/MemoryDecoder at 1aad746, `kl_loss_token` of utils/cal_loss.py: alpha 0.3 of the neighbours."""
+    rows = [((3, 1), (0.75, 0.25)), ((5,), (1.0,)), ((0, 1, 2), (0.5, 0.3, 0.2)), ((6, 4), (0.1, 0.9))]
+    soft = Soft(
+        row=torch.tensor([i for i, (tokens, _) in enumerate(rows) for _ in tokens]),
+        token=torch.tensor([token for tokens, _ in rows for token in tokens]),
+        share=torch.tensor([share for _, shares in rows for share in shares]).double(),
+    )
+    loss = hybrid_loss(LOGITS[0, :-1], LABELS[0, 1:], soft, beta=0.3).mean()
+    assert float(loss) == pytest.approx(2.22606606)
+
+
+def test_knn_lm():
+    """The same repository, `interpolate` of utils/cal_loss.py: a quarter from the neighbours."""
+    expected = [-1.12816973, -1.12583014, -1.62979522, -2.33045475, -3.40570748, -4.39334326, -4.32541936]
+    assert interpolate(REFERENCE[0, 0], LOGITS[0, 0], 0.25).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("form", [naive_recurrence, chunk_recurrence])
+def test_gated_delta_rule(form):
+    """fla-org/flash-linear-attention at bc3b101, `naive_recurrent_gated_delta_rule` of fla/ops, scale 1."""
+    q, k, v = (wave(1, 5, 2, 3, phase=phase).transpose(1, 2) for phase in (0.0, 0.4, 1.1))
+    beta, log_decay = wave(1, 5, 2, phase=0.2).sigmoid(), -0.3 * wave(1, 5, 2, phase=0.6).abs()
+    unit = nn.functional.normalize
+    given = Inputs(unit(q, dim=-1), unit(k, dim=-1), v, beta.transpose(1, 2), log_decay.transpose(1, 2))
+    out, memory = form(given, torch.zeros(1, 2, 3, 3).double())
+    last = [[-1.0641216, -0.50587791, 0.29028815], [1.22616041, 1.39108825, 0.90176558]]
+    state = [
+        [0.62485027, -0.02449716, -0.66232318],
+        [0.71936476, 0.38981012, -0.12307838],
+        [0.47555086, 0.62078363, 0.4740521],
+    ]
+    assert_close(out[0, :, -1], torch.tensor(last).double(), rtol=0, atol=1e-6)
+    assert_close(memory[0, 0], torch.tensor(state).double(), rtol=0, atol=1e-6)
+
+
 # --- keep and fit ----------------------------------------------------------------------------------------------------
 
 
@@ -219,3 +270,8 @@ def test_klom():
         [-0.563799, -0.40943597, -2.90050758, -3.78879137, -0.53782611],
     ]
     assert np.allclose(found.numpy(), expected, atol=1e-7)
+
+
+def test_linear_cka():
+    """yongwookim1/UUEF at 3e65d87, `linear_CKA` of CKA/CKA.py."""
+    assert linear_cka(wave(6, 4), wave(6, 3, phase=0.9).square()) == pytest.approx(0.26540602, rel=1e-6)
