@@ -7,6 +7,7 @@ the expansions share, were chosen on seed 1000: the lowest of a ladder of threes
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from palimpsest.keep.adept import Adept
 from palimpsest.models.loading import load
 from palimpsest.models.model import Model
 from palimpsest.reproduce.domains import (
-    LENGTH,
     READ,
+    READING,
     Losses,
     at_equal_domain_loss,
     domain_roles,
@@ -33,22 +34,15 @@ from palimpsest.system import Method
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
 
-STEPS, BATCH, EVERY, COPIES, REFRESH = 32, 4, 8, 4, 8
+STEPS, EVERY, COPIES, REFRESH = 32, 8, 4, 8
+BATCH = READING.training.batch_size
 MEASURED, PROBED = 24, 16
 FULL_RATE, COPIES_RATE = 3e-5, 3e-4
 
 
 def training(rate: float) -> Training:
-    """The same for every arm but for the rate."""
-    return Training(
-        learning_rate=rate,
-        epochs=1,
-        batch_size=BATCH,
-        weight_decay=0.0,
-        warmup_epochs=0.1,
-        decay="constant",
-        max_length=LENGTH,
-    )
+    """The same for every arm but for the rate; all else as the text was read."""
+    return dataclasses.replace(READING.training, learning_rate=rate)
 
 
 def arms(full_rate: float = FULL_RATE, copies_rate: float = COPIES_RATE) -> dict[str, Method]:
