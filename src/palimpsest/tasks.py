@@ -290,7 +290,7 @@ def publish(found: Any, folder: Path) -> None:
 
     evidence.save(found, folder / "evidence.json")
     (folder / "table.md").write_text(table.to_markdown(table.build(found)) + "\n", encoding="utf-8")
-    console().print(table.to_rich(table.build(found, metrics.KEY)))
+    console().print(table.to_rich(table.build(found, metrics.KEY), width=console().width))
     print(page.write(found, folder / "report.html"))
 
 

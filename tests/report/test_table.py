@@ -48,6 +48,23 @@ def test_what_was_not_measured_is_a_dash_and_pipes_are_escaped():
     assert "a\\|b" in to_markdown(build(type(evidence)(title="t", models=(_named(evidence.models[1], "a|b"),))))
 
 
+def test_in_a_narrow_terminal_words_stay_whole_and_intervals_are_left_out():
+    table = build(full(), KEY)
+    for width, intervals in ((80, False), (400, True)):
+        stream = io.StringIO()
+        Console(file=stream, width=width).print(to_rich(table, width=width))
+        told = stream.getvalue()
+        assert ("[" in told) == intervals
+        assert ("in the report" in told) != intervals
+        assert all(len(line) <= width for line in told.splitlines())
+        names = [model.title if intervals else model.name for model in table.models]
+        assert all(name in told for name in names)
+    few = build(full(), KEY[:3])
+    stream = io.StringIO()
+    Console(file=stream, width=60).print(to_rich(few, width=60))
+    assert all(model.name in stream.getvalue() for model in few.models)
+
+
 def test_the_terminal_table_shows_text_as_it_is():
     stream = io.StringIO()
     evidence = small()

@@ -109,13 +109,31 @@ def to_markdown(table: Table, by: Literal["models", "metrics"] = "models") -> st
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def to_rich(table: Table, by: Literal["models", "metrics"] = "models", title: str = "") -> RichTable:
-    """The table for a terminal, one row per model or one per metric."""
+def to_rich(
+    table: Table, by: Literal["models", "metrics"] = "models", title: str = "", width: int | None = None
+) -> RichTable:
+    """The table for a terminal, one row per model or one per metric.
+
+    Where it would be wider than `width` characters, it has short names, neither intervals nor counts, and a column for
+    each of whichever are fewer, models or metrics.
+    """
+    from rich.console import Console
+
+    drawn = _drawn(*_lines(table, by), title)
+    if width is not None and Console(width=10_000).measure(drawn).maximum > width:
+        by = "metrics" if len(table.models) < len(table.measures) else "models"
+        drawn = _drawn(*_lines(table, by, short=True), title)
+        for column in drawn.columns[1:] if by == "metrics" else drawn.columns[:1]:
+            column.no_wrap = True  # names stay whole; titles of metrics fold
+        drawn.caption = "intervals and numbers of examples are in the report"
+    return drawn
+
+
+def _drawn(head: list[str], rows: list[list[str]], title: str) -> RichTable:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    head, rows = _lines(table, by)
     drawn = RichTable(title=Text(title) if title else None, box=SIMPLE_HEAD, title_justify="left")
     for number, name in enumerate(head):
         drawn.add_column(Text(name), justify="right" if number else "left", overflow="fold")
@@ -124,26 +142,23 @@ def to_rich(table: Table, by: Literal["models", "metrics"] = "models", title: st
     return drawn
 
 
-def _lines(table: Table, by: str) -> tuple[list[str], list[list[str]]]:
+def _lines(table: Table, by: str, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    def measure(m: Measure, title: str) -> str:
+        return f"{title} {ARROWS[m.better]}".strip() + ("" if short else f" (n={m.n})")
+
+    names = [model.name if short else model.title for model in table.models]
+    cells = [[_text(table.cell(m, model), short) for m in table.measures] for model in table.models]
     if by == "models":
-        head = ["model", *[f"{m.short} {ARROWS[m.better]}".strip() + f" (n={m.n})" for m in table.measures]]
-        rows = [[model.title, *[_text(table.cell(m, model)) for m in table.measures]] for model in table.models]
-        return head, rows
-    head = ["metric", *[model.title for model in table.models]]
-    rows = [
-        [
-            f"{m.title} {ARROWS[m.better]}".strip() + f" (n={m.n})",
-            *[_text(table.cell(m, model)) for model in table.models],
-        ]
-        for m in table.measures
-    ]
-    return head, rows
+        head = ["model", *[measure(m, m.short) for m in table.measures]]
+        return head, [[name, *row] for name, row in zip(names, cells, strict=True)]
+    rows = [[measure(m, m.title), *column] for m, column in zip(table.measures, zip(*cells, strict=True), strict=True)]
+    return ["metric", *names], rows
 
 
-def _text(cell: Cell | None) -> str:
+def _text(cell: Cell | None, short: bool = False) -> str:
     if cell is None:
         return "\N{EM DASH}"
-    return " ".join(filter(None, (cell.text, f"[{cell.interval}]" if cell.interval else "")))
+    return " ".join(filter(None, (cell.text, f"[{cell.interval}]" if cell.interval and not short else "")))
 
 
 def _cell(value: Measured, group: Group, gold: Group | None) -> Cell:
