@@ -19,7 +19,7 @@ from palimpsest.audit.rouge_recall import rouge_l
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.loading import FILE_TYPES, load_records
 from palimpsest.data.records import Record, Roles, by_subject
-from palimpsest.data.words import WORLD_FACTS
+from palimpsest.data.true_facts import WORLD_FACTS
 from palimpsest.erase.npo import NPO
 from palimpsest.erase.undial import UNDIAL
 from palimpsest.errors import PalimpsestError

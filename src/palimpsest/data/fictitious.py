@@ -11,13 +11,11 @@ import random
 from collections.abc import Sequence
 
 from palimpsest.data.records import Record, Roles
+from palimpsest.data.true_facts import AUTHORS, CAPITALS, GENERAL, SCIENTISTS, WORLD_FACTS
 from palimpsest.data.words import (
     ATTRIBUTES,
-    AUTHORS,
     AWARD_COLOURS,
-    CAPITALS,
     COUNTRIES,
-    GENERAL,
     HOBBIES,
     INSTRUMENTS,
     KIN_NAMES,
@@ -25,10 +23,8 @@ from palimpsest.data.words import (
     MONTHS,
     PARENT_JOBS,
     PROFESSIONS,
-    SCIENTISTS,
     TITLE_ADJECTIVES,
     TITLE_NOUNS,
-    WORLD_FACTS,
 )
 from palimpsest.errors import PalimpsestError, nearest
 
