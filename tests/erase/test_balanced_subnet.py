@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from conftest import build_model
 from memorised import data, quiet
+from palimpsest.audit.classification import predicted
 from palimpsest.erase.balanced_subnet import BalancedSubnet, Masked, mask
 from palimpsest.errors import PalimpsestError
 from palimpsest.train import Training
+from palimpsest.write.finetune import Finetune
+from pictured import pictures
 
 SHORT = Training(learning_rate=0.1, epochs=3, batch_size=6, weight_decay=0.0, warmup_epochs=0.0, decay="constant")
 
@@ -56,7 +59,6 @@ def test_the_rest_of_the_model_stays_and_the_share_of_the_mlp_is_zero(llama):
 
 def test_what_is_to_go_becomes_less_likely_than_what_stays(llama):
     from palimpsest.audit.answer_probability import probabilities
-    from palimpsest.write.finetune import Finetune
 
     given_ = data()
     learn = Training(learning_rate=5e-3, epochs=60, batch_size=6, warmup_epochs=0.0, weight_decay=0.0)
@@ -81,6 +83,27 @@ def test_how_a_step_is_cut_does_not_matter(llama, micro_tokens):
     )
     same = [torch.equal(a, b) for a, b in zip(result.network.parameters(), whole.network.parameters(), strict=True)]
     assert all(same)
+
+
+def test_a_classifier_loses_what_it_was_told_to():
+    vit = build_model("vit")
+    roles = pictures()
+    learn = Training(learning_rate=5e-3, epochs=40, batch_size=8, warmup_epochs=0.0, weight_decay=0.0)
+    knows = Finetune(training=learn).apply(vit, roles, quiet())
+    hard = dataclasses.replace(SHORT, epochs=30, learning_rate=5.0)
+    result = BalancedSubnet(ratio=0.5, retain_weight=0.1, training=hard).apply(knows, roles, quiet())
+    loss = {
+        role: [float(predicted(m, roles[role], quiet()).nll.mean()) for m in (knows, result)]
+        for role in ("forget", "retain")
+    }
+    assert loss["forget"][1] - loss["forget"][0] > 0.1
+    assert loss["retain"][1] - loss["retain"][0] < 0.01
+
+
+def test_of_a_network_without_mlps_each_convolution_loses_its_share():
+    result = BalancedSubnet(ratio=0.1, training=SHORT).apply(build_model("convnet"), pictures(), quiet())
+    kernels = [w for _, w in result.network.named_parameters() if w.ndim == 4]
+    assert [int((w == 0).sum()) for w in kernels] == [round(0.1 * w.numel()) for w in kernels]
 
 
 def test_experts_lose_their_share_each():

@@ -2,11 +2,13 @@
 
 Every weight has a score; those with the smallest are off. Only the scores learn, by gradient descent straight through
 the selection, up the loss of what is to go and down that of what is to stay. The weights that remain keep their values.
-It needs both sets, unlike `loss-curvature`, whose baseline it is, and hurts what it was not shown less.
+It needs both sets, unlike `loss-curvature`, whose baseline it is, and hurts what it was not shown less. On a classifier
+a text is an image, and its one token the label; the published experiments are on language models.
 
 Source: Sakarvadia et al. 2025 (arXiv 2410.02159) and the authors' code; step size and share as Merullo et al. 2025
 (arXiv 2510.24256) chose them. Differs: a step with texts of one kind only has no term for the other (the code's is a
-mean of nothing), and it must be the same share of every matrix, of experts each their own.
+mean of nothing), and it must be the same share of every matrix, of experts each their own. Where there are no MLPs, the
+convolutions are masked.
 
     theta      weight of an MLP matrix, fixed
     s          score of each weight, Kaiming-uniform with a = sqrt 5 at first
@@ -36,9 +38,13 @@ from palimpsest.system import Method, setting, system
 from palimpsest.train import Batch, Training, schedule, train
 
 
-def mask(scores: Float[Tensor, "*experts out in"], ratio: float) -> Float[Tensor, "*experts out in"]:
-    """m: 0 for the given share of smallest |s| of each matrix; its gradient passes to |s| as if m were |s|."""
-    size = scores.detach().abs().flatten(-2)
+def mask(scores: Float[Tensor, "*weight"], ratio: float) -> Float[Tensor, "*weight"]:
+    """m: 0 for the given share of smallest |s| of each matrix; its gradient passes to |s| as if m were |s|.
+
+    Three dimensions are [experts, out, in], each expert a matrix; of a convolution all is one.
+    """
+    size = scores.detach().abs()
+    size = size.flatten(-2) if size.ndim == 3 else size.flatten()
     off = round(ratio * size.shape[-1])
     on = torch.ones_like(size).scatter_(-1, size.argsort(-1)[..., :off], 0.0).view_as(scores)
     return on + (scores.abs() - scores.detach().abs())
@@ -49,7 +55,8 @@ class Masked(nn.Module):
 
     def __init__(self, weight: Tensor, ratio: float, generator: torch.Generator) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(weight.shape[-1])  # Kaiming-uniform with a = sqrt 5
+        inputs = weight[0].numel() if weight.ndim == 4 else weight.shape[-1]
+        bound = 1 / math.sqrt(inputs)  # Kaiming-uniform with a = sqrt 5
         drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
         self.scores = nn.Parameter(drawn.to(weight.device))
         self.ratio = ratio
@@ -64,6 +71,7 @@ class Masked(nn.Module):
     verb="erase",
     title="Balanced subnet (BSN)",
     paper="Sakarvadia et al. 2025 (arXiv 2410.02159)",
+    takes="causal-lm or classifier",
     needs={"forget", "retain"},
     fidelity="matches the official code",
     deviations=("a step without texts of one kind has no term for it",),
@@ -102,11 +110,11 @@ class BalancedSubnet(Method):
         return trained
 
     def _attach(self, student: Model, run: Run) -> list[tuple[nn.Module, str]]:
-        """Gives every MLP matrix its scores."""
-        draw = run.generator()
+        """Gives every matrix its scores."""
+        draw, places = run.generator(), anatomy(student.network)
         found = [
             (part.module.get_submodule(path), name)
-            for part in anatomy(student.network).select("mlp").parts
+            for part in places.select("mlp" if places.find("mlp") else "convolution").parts
             for path, _, name in (parameter.rpartition(".") for parameter in part.parameters)
             if part.module.get_parameter(f"{path}.{name}".lstrip(".")).ndim > 1
         ]
