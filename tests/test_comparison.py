@@ -16,10 +16,11 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.loading import load
 from palimpsest.models.model import Model
 from palimpsest.report import evidence
+from palimpsest.reproduce.harness import biographies, new_model
 from palimpsest.system import create
-from palimpsest.tasks import publish, tuned
+from palimpsest.tasks import VALIDATION_SEED, publish, tuned
 from palimpsest.train import Training
-from palimpsest.tuning import score
+from palimpsest.tuning import RATE, grids_of, score, to_markdown, tune
 from palimpsest.write.finetune import Finetune
 
 LEARN = Finetune(training=Training(learning_rate=1e-2, epochs=40, batch_size=4, weight_decay=0.0))
@@ -236,3 +237,40 @@ def test_the_score_of_tuning_rewards_being_as_near_to_gold_as_possible(done):
     assert score(at(0.5, 0.25), start, aim) == pytest.approx(0.5)
     assert score(at(0.1, 0.9), start, aim) == pytest.approx(1)
     assert np.isclose(score(at(0.0, 0.5), start, aim), 2 * 0.875 / 1.875)
+
+
+def test_tuning_tries_every_value_on_validation_data_and_resumes(tmp_path):
+    asked = []
+
+    def few(seed: int) -> Roles:
+        asked.append(seed)
+        known = biographies(seed)
+        roles = ("train", "forget", "retain", "forget_probe", "retain_probe", "world")
+        return Roles(**{role: known[role][:4] for role in roles})
+
+    grids = {"*": (RATE, (1e-4, 1e-2)), "ssd": ("alpha", (1.0, 2.0))}
+    task = dataclasses.replace(TASK, start=new_model, roles=few, learn=ONCE)
+    given = ("gradient-ascent", "ssd")
+    found = tune(task, given, {"*": {"training.epochs": 1}}, tmp_path, quiet(), grids)
+    assert set(asked) == {VALIDATION_SEED}
+    assert {name: tuple(scores) for name, scores in found.items()} == {"gradient-ascent": (1e-4, 1e-2), "ssd": (1, 2)}
+    assert all(0 <= value <= 1 for scores in found.values() for value in scores.values())
+    written = cells(tmp_path)
+    assert tune(dataclasses.replace(task, start=never), given, {"*": {"training.epochs": 1}}, tmp_path, quiet(), grids)
+    assert cells(tmp_path) == written
+
+
+def test_the_value_with_the_best_score_is_taken():
+    found = to_markdown({"npo": {1e-4: 0.2, 1e-3: 0.9, 3e-3: 0.5}, "ssd": {1.5: 0.4}}, grids_of("harness"))
+    assert found.splitlines()[2:] == [
+        "| npo | training.learning_rate | 0.0001, 0.001, 0.003 | 0.2, 0.9, 0.5 | 0.001 |",
+        "| ssd | alpha | 1.5 | 0.4 | 1.5 |",
+    ]
+
+
+def test_every_grid_names_a_setting_of_its_method():
+    for task in ("harness", "people"):
+        for name, (setting, values) in grids_of(task).items():
+            if name != "*":
+                for value in values:
+                    create(name, **{setting: value})

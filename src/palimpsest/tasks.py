@@ -45,7 +45,12 @@ BASELINES = (
 """Every published baseline of the library that starts from the model that learned."""
 
 HARNESS: Mapping[str, Mapping[str, Any]] = {
-    "*": {"training.learning_rate": 3e-4, "training.epochs": 5, "training.micro_tokens": 4096},
+    "*": {
+        "training.learning_rate": 3e-4,
+        "training.epochs": 5,
+        "training.micro_tokens": 4096,
+        "reinforce.learning_rate": 3e-4,
+    },
     "gradient-difference": {"training.learning_rate": 3e-3},
     "po": {"training.learning_rate": 3e-3},
     "idk-dpo": {"training.learning_rate": 3e-3},
@@ -72,16 +77,18 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
         "training.epochs": 8,
         "training.batch_size": 8,
         "training.warmup_epochs": 0.5,
+        "reinforce.learning_rate": 5e-5,
+        "reinforce.batch_size": 8,
     },
     "stranger": {"training.learning_rate": 1e-4, "training.epochs": 10},
     "npo": {"training.learning_rate": 3e-5},
+    "uld": {"training.learning_rate": 1e-3},
+    "balanced-subnet": {"training.learning_rate": 0.1},
 }
-
-
 PEOPLE: Mapping[str, Mapping[str, Any]] = {
+    **EMBEDDED,
     "*": {**EMBEDDED["*"], "training.epochs": 5},
     "stranger": {"training.learning_rate": 1e-4, "training.epochs": 6},
-    "npo": {"training.learning_rate": 3e-5},
 }
 """As `EMBEDDED`, but short enough for a demo; tried on people of a validation seed."""
 
@@ -248,6 +255,8 @@ def command(words: list[str]) -> None:
         """longest generated answer, tokens"""
         default: str | None = None
         """the method that the verdict is about"""
+        tune: bool = False
+        """instead: try four values of each method's main setting on validation data; tuning.md says which is best"""
         quiet: bool = False
         """no progress bars"""
 
@@ -275,13 +284,28 @@ def command(words: list[str]) -> None:
         )
     from palimpsest.run import Run
 
-    methods = tuned(options.methods, table, {key: _value(text) for key, text in options.set.items()})
+    wanted = {key: _value(text) for key, text in options.set.items()}
+    methods = tuned(options.methods, table, wanted)
+    if options.tune:
+        _tune(task, options.methods, {**table, "*": {**table["*"], **wanted}}, options.out, not options.quiet)
+        return
     task = dataclasses.replace(task, command="palimpsest compare " + shlex.join(words))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     found = compare(
         task, methods, options.out, seeds=list(seeds), run=Run(progress=not options.quiet), default=options.default
     )
     publish(found, options.out)
+
+
+def _tune(task: Task, names: Sequence[str], table: Mapping[str, Any], folder: Path, progress: bool) -> None:
+    from palimpsest.report.evidence import write_atomically
+    from palimpsest.run import Run
+    from palimpsest.tuning import grids_of, to_markdown, tune
+
+    grids = grids_of(task.name)
+    found = to_markdown(tune(task, names, table, folder, Run(progress=progress), grids), grids)
+    write_atomically(folder / "tuning.md", found + "\n")
+    print(found)
 
 
 def publish(found: Any, folder: Path) -> None:

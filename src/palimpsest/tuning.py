@@ -18,39 +18,73 @@ from palimpsest.report.evidence import ModelEvidence
 from palimpsest.run import Run
 from palimpsest.tasks import VALIDATION_SEED, tuned
 
-RATES = ("training.learning_rate", (1e-4, 3e-4, 1e-3, 3e-3))
-GRIDS: Mapping[str, tuple[str, Sequence[float]]] = {
+Values = tuple[float, ...]
+Grids = Mapping[str, tuple[str, Values]]
+
+RATE = "training.learning_rate"
+GRIDS: Grids = {
+    "*": (RATE, (1e-4, 3e-4, 1e-3, 3e-3)),
     "ssd": ("alpha", (1.5, 2.0, 3.0, 5.0)),
     "iau": ("learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
     "loss-curvature": ("rho", (0.8, 0.9, 0.95, 0.98)),
     "balanced-subnet": ("ratio", (0.0015, 0.005, 0.015, 0.05)),
-    "uld": ("training.learning_rate", (1e-3, 3e-3, 1e-2, 3e-2)),
+    "uld": (RATE, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "whp-decode": ("alpha", (0.5, 1.0, 2.0, 5.0)),
+    "guard": ("decoding.threshold", (0.05, 0.2, 0.5, 0.8)),
 }
-"""The setting that decides how hard a method acts, and what is tried on the harness; the others have `RATES`."""
+"""The setting that decides how hard a method acts, and what is tried on the harness; `*`: every other method."""
+EMBEDDED_GRIDS: Grids = {
+    **GRIDS,
+    "*": (RATE, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "ssd": ("alpha", (1.1, 1.3, 1.6, 2.0)),
+    "iau": ("learning_rate", (1e-6, 1e-5, 3e-5, 1e-4)),
+    "uld": (RATE, (3e-4, 1e-3, 3e-3, 1e-2)),
+}
+"""The same for the embedded language model. SSD changes nothing from alpha = |D| / |F| on, here 2.7."""
+
+
+def grids_of(task: str) -> Grids:
+    """What is tried on the task of this name."""
+    return GRIDS if task == "harness" else EMBEDDED_GRIDS
 
 
 def score(model: ModelEvidence, before: ModelEvidence, gold: ModelEvidence) -> float:
     """How well a method erased and kept, between 0 and 1."""
     p, start, aim = (_value(m, "probability/forget") for m in (model, before, gold))
     closeness = max(0.0, 1 - abs(p - aim) / max(start - aim, 1e-9))
-    kept = min(1.0, _value(model, "model_utility") / _value(before, "model_utility"))
+    kept = min(1.0, _value(model, "model_utility") / max(_value(before, "model_utility"), 1e-9))
     return 2 * closeness * kept / (closeness + kept) if closeness + kept > 0 else 0.0
 
 
 def tune(
-    task: Task, names: Sequence[str], table: Mapping[str, Mapping[str, Any]], folder: Path, run: Run
+    task: Task,
+    names: Sequence[str],
+    table: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    run: Run,
+    grids: Grids = GRIDS,
 ) -> dict[str, dict[float, float]]:
-    """The score of every method at every value of its grid, on the validation seed of the task."""
+    """The score of every method at every value of its grid, on the validation seed of the task; resumes."""
     quick = dataclasses.replace(task, probes=tuple(probes(TOFU_BATTERY, max_new_tokens=task.max_new_tokens)))
     scores: dict[str, dict[float, float]] = {}
     for name in names:
-        setting, values = GRIDS.get(name, RATES)
+        setting, values = grids.get(name, grids["*"])
         methods = [method for value in values for method in tuned([name], table, {setting: value})]
         before, gold, *erased = compare(
             quick, methods, folder, seeds=[VALIDATION_SEED], run=run, keep_models=True
         ).models
         scores[name] = {value: score(model, before, gold) for value, model in zip(values, erased, strict=True)}
     return scores
+
+
+def to_markdown(scores: Mapping[str, Mapping[float, float]], grids: Grids) -> str:
+    """A line a method: what was tried, the scores, and the value with the best one."""
+    lines = ["| method | setting | tried | score | taken |", "|:--|:--|:--|:--|--:|"]
+    for name, found in scores.items():
+        tried, reached = (", ".join(f"{x:.3g}" for x in numbers) for numbers in (found, found.values()))
+        taken = max(found, key=found.__getitem__)
+        lines.append(f"| {name} | {grids.get(name, grids['*'])[0]} | {tried} | {reached} | {taken:g} |")
+    return "\n".join(lines)
 
 
 def _value(model: ModelEvidence, name: str) -> float:
