@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from memorised import quiet
+from palimpsest.data.encoding import Encoded
 from palimpsest.data.records import Record, Roles, check_disjoint
 from palimpsest.reproduce import memory_decoder
+from palimpsest.reproduce.memory_baselines import Pieces, matched_rank, with_retrieved
 from palimpsest.reproduce.memory_decoder import (
     SIZES,
+    WIDTH,
     BestEpoch,
+    as_many_targets,
+    baselines,
     cut,
     docstrings,
     judge,
@@ -26,7 +31,7 @@ from palimpsest.reproduce.memory_decoder import (
 )
 from palimpsest.reproduce.runner import find
 from palimpsest.statistics.datastore import WEIGHTS
-from palimpsest.train import Training
+from palimpsest.train import Training, _with_adapters
 
 
 def figures(**changes):
@@ -37,6 +42,8 @@ def figures(**changes):
         "": (150.0, 100.0, 0.0),
         " DAPT": (60.0, 190.0, 0.0),
         " + kNN-LM": (55.0, 110.0, 0.5),
+        " LoRA": (70.0, 150.0, 0.0),
+        " + retrieved text": (80.0, 110.0, 0.0),
         " + MemDec, best epoch": (50.0, 120.0, 0.7),
         " + CE-only student, best epoch": (52.0, 120.0, 0.7),
     }
@@ -123,6 +130,33 @@ def test_the_weights_of_the_best_epoch_are_kept():
     assert torch.equal(watch.weights["model.norm.weight"], model.network.model.norm.weight)
 
 
+def test_adapters_have_at_most_as_many_weights_as_the_memory():
+    base, weights = new_model("L", 0), new_model("S", 0).parameters
+    rank = matched_rank(base, weights)
+    sizes = [
+        sum(w.numel() for name, w in adapted.named_parameters() if "lora" in name)
+        for adapted in (_with_adapters(base.copy().network, Training(lora_rank=r)) for r in (rank, rank + 1))
+    ]
+    assert sizes[0] <= weights < sizes[1]
+
+
+def test_retrieved_text_stands_before_windows_that_score_every_token_once():
+    model, domain = new_model("S", 0), text(0)["domain"]
+    pieces = Pieces(tokenizer(), cut(domain.train, WIDTH - 1), WIDTH // 2)
+    aided, usual = with_retrieved(model, domain.test[:2], pieces, WIDTH), cut(domain.test[:2])
+    assert [t for s in aided for t in s.targets] == [t for s in usual for t in s.targets]
+    assert max(len(s.tokens) for s in aided) <= WIDTH
+    assert sum(len(s.tokens) > WIDTH // 2 for s in aided) > len(aided) // 2  # most found a piece
+    assert sum(len(s.targets) for s in as_many_targets(aided, usual[:2])) <= sum(len(s.targets) for s in usual[:2])
+
+
+def test_the_nearest_piece_shares_the_words():
+    words = ["the yield expression", "a class definition", "floor division of integers"]
+    pieces = Pieces(tokenizer(), [Encoded(tuple(tokenizer()(w)["input_ids"]), 1) for w in words], 16)
+    assert pieces.nearest(tokenizer()("what does division give?")["input_ids"]) == pieces.tokens[2]
+    assert pieces.nearest(tokenizer()("zzz")["input_ids"]) == pieces.nearest(tokenizer()(" ...")["input_ids"]) == ()
+
+
 def test_a_seed_measures_every_arm(monkeypatch, tmp_path):
     short = Training(learning_rate=1e-3, epochs=1, max_steps=2, batch_size=4, warmup_epochs=0.0, max_length=128)
     for name in ("LEARNING", "DOMAIN"):
@@ -139,11 +173,14 @@ def test_a_seed_measures_every_arm(monkeypatch, tmp_path):
         return {name: Roles(**{role: few(records) for role, records in roles.items()}) for name, roles in whole.items()}
 
     monkeypatch.setattr(memory_decoder, "text", little)
-    found = one_seed(0, tmp_path, quiet())
+    monkeypatch.setattr(memory_decoder, "ADAPTERS", short)
+    found = one_seed(0, tmp_path, quiet()) | baselines(0, tmp_path, quiet())
     assert len(found["memory"]["MemDec"]["nll by epoch"]) == 2
     assert found["memory"]["MemDec"]["temperature"] > 0
     assert found["S + MemDec, best epoch"]["memory off"] == found["L + MemDec, best epoch"]["memory off"] == 0.0
-    assert {row["model"] for row in judge([found]).rows} >= {"S", "L + kNN-LM", "S + MemDec, last epoch", "L DAPT"}
+    assert {row["model"] for row in judge([found]).rows} >= {
+        *("S", "L + kNN-LM", "S + MemDec, last epoch", "L DAPT", "S LoRA", "L + retrieved text")
+    }
 
 
 def test_it_is_listed():

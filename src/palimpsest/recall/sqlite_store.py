@@ -158,8 +158,7 @@ class SQLiteEngine:
 
     def matching(self, words: str, limit: int, sight: Sight) -> Ranked:
         """Chunks that share words with a text, by BM25."""
-        wanted = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", words.lower())))
-        if not wanted:
+        if not (wanted := any_word(words)):
             return []
         condition, arguments = seen(sight, scope_numbers(self, sight.scope))
         rows = self.all(
@@ -317,3 +316,8 @@ class SQLiteEngine:
     def _scrubbed(self) -> bool:
         counters = dict(self.all("SELECT name, value FROM counters"))
         return bool(counters["scrubs"] == counters["forgets"])
+
+
+def any_word(text: str) -> str:
+    """The full-text query for what shares any word with the text; empty where the text has none."""
+    return " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text.lower())))

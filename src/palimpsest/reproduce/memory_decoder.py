@@ -5,7 +5,8 @@ that comes with the interpreter (`pydoc_data.topics`), repeated paragraphs taken
 characters for training, validation and test. Teacher and student start are the two models fine-tuned on the domain,
 which are also the baseline DAPT. The control is the same student with the same steps on the tokens alone (beta 0).
 Student and control are measured at their best validation epoch and at the last one; interpolation weights and
-temperatures are tuned on validation, for all arms on the same grid. Sizes, rates and epochs were chosen on seed 1000.
+temperatures are tuned on validation, for all arms on the same grid. Beside them stand adapters of the memory's size and
+text retrieved from the domain (`memory_baselines`). Sizes, rates and epochs were chosen on seed 1000.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -30,8 +32,10 @@ from palimpsest.data.byte_pairs import byte_pairs
 from palimpsest.data.encoding import Encoded
 from palimpsest.data.records import Record, Roles
 from palimpsest.data.windows import windows
+from palimpsest.models.loading import load
 from palimpsest.models.model import Model
 from palimpsest.report.evidence import write_atomically
+from palimpsest.reproduce import memory_baselines
 from palimpsest.reproduce.judging import Seeds, at_most, below, row
 from palimpsest.reproduce.runner import Figure, Outcome, Reproduction
 from palimpsest.run import Run
@@ -57,6 +61,7 @@ LEARNING = Training(
     micro_tokens=4096,
 )
 DOMAIN = dataclasses.replace(LEARNING, learning_rate=1e-3, epochs=4)
+ADAPTERS = dataclasses.replace(DOMAIN, learning_rate=3e-3)
 MEMORY = dataclasses.replace(LEARNING, epochs=10, weight_decay=0.0, warmup_epochs=0.0)
 ARMS = {"MemDec": 0.5, "CE-only student": 0.0}
 """The weight of the neighbours in training."""
@@ -158,6 +163,14 @@ def cut(records: Sequence[Record], stride: int = STRIDE) -> list[Encoded]:
     return windows(new_model("S", 0), records, WIDTH, stride)
 
 
+def base_model(size: str, seed: int, records: Sequence[Record], folder: Path, run: Run) -> Model:
+    """The model that knows the general text; learned once for all arms."""
+    path = folder / f"base-{size}-{seed}"
+    if not path.exists():
+        learned(new_model(size, seed), records, LEARNING, run, f"base {size}").save_pretrained(path)
+    return load(path)
+
+
 def learned(model: Model, records: Sequence[Record], training: Training, run: Run, label: str) -> Model:
     """The model after training on the records, in windows that hardly overlap."""
     plan = schedule(model, training, run, text=cut(records, WIDTH - 1))
@@ -208,7 +221,7 @@ def one_seed(seed: int, folder: Path, run: Run) -> dict[str, Any]:
     domain, general = known["domain"], known["general"]
     bases, tuned = {}, {}
     for size in SIZES:
-        bases[size] = learned(new_model(size, seed), general.train, LEARNING, run, f"base {size}")
+        bases[size] = base_model(size, seed, general.train, folder, run)
         tuned[size] = learned(bases[size], domain.train, DOMAIN, run, f"DAPT {size}")
         tuned[size].save_pretrained(folder / f"tuned-{size}-{seed}", overwrite=True)
 
@@ -256,6 +269,39 @@ def one_seed(seed: int, folder: Path, run: Run) -> dict[str, Any]:
     return found
 
 
+def baselines(seed: int, folder: Path, run: Run) -> dict[str, Any]:
+    """Adapters and retrieved text: the perplexities of both models with each."""
+    run = run.replace(seed=seed, folder=None)
+    known = text(seed)
+    domain, general = known["domain"], known["general"]
+    pieces = memory_baselines.Pieces(tokenizer(), cut(domain.train, WIDTH - 1), WIDTH // 2)
+    usual = cut(general.test)[:MEASURED]
+    weights, found = new_model("S", seed).parameters, {}
+    for size in SIZES:
+        base = base_model(size, seed, general.train, folder, run)
+        training = dataclasses.replace(ADAPTERS, lora_rank=memory_baselines.matched_rank(base, weights))
+        adapted = learned(base, domain.train, training, run, f"LoRA {size}")
+        found[f"{size} LoRA"] = {
+            "domain PPL": perplexity(adapted, cut(domain.test), run),
+            "general PPL": perplexity(adapted, usual, run),
+            "weight": 0.0,
+        }
+        aided = [memory_baselines.with_retrieved(base, part.test, pieces, WIDTH) for part in (domain, general)]
+        found[f"{size} + retrieved text"] = {
+            "domain PPL": perplexity(base, aided[0], run),
+            "general PPL": perplexity(base, as_many_targets(aided[1], usual), run),
+            "weight": 0.0,
+        }
+    return found
+
+
+def as_many_targets(sequences: Sequence[Encoded], others: Sequence[Encoded]) -> list[Encoded]:
+    """The first of the sequences, until they have as many scored tokens as the others."""
+    most = sum(len(other.targets) for other in others)
+    counted = itertools.accumulate(len(sequence.targets) for sequence in sequences)
+    return [sequence for sequence, count in zip(sequences, counted, strict=True) if count <= most]
+
+
 @torch.no_grad()
 def difference(both: Model, base: Model, records: Sequence[Record]) -> float:
     """The largest difference of a logit from the base's where the memory is off; 0 is bit for bit."""
@@ -269,12 +315,13 @@ def difference(both: Model, base: Model, records: Sequence[Record]) -> float:
 
 def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
     """Every seed; what was measured is kept in the folder."""
-    found = []
+    found: list[dict[str, Any]] = []
     for seed in seeds:
-        path = folder / f"{seed}.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(one_seed(seed, folder, run)))
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+        found.append({})
+        for path, compute in ((f"{seed}.json", one_seed), (f"{seed}-baselines.json", baselines)):
+            if not (folder / path).exists():
+                write_atomically(folder / path, json.dumps(compute(seed, folder, run)))
+            found[-1] |= json.loads((folder / path).read_text(encoding="utf-8"))
     return judge(found)
 
 
@@ -298,6 +345,8 @@ def judge(found: Sequence[Mapping[str, Any]]) -> Outcome:
                 of(f"{size} + CE-only student, best epoch", "domain PPL"),
             ),
             at_most(f"{size}: not above kNN-LM", mixed, of(f"{size} + kNN-LM", "domain PPL")),
+            at_most(f"{size}: not above adapters with as many weights", mixed, of(f"{size} LoRA", "domain PPL")),
+            at_most(f"{size}: not above retrieved text", mixed, of(f"{size} + retrieved text", "domain PPL")),
             below(f"{size}: alpha is below 0.9, so that the base counts", of(ours, "weight"), 0.9),
             at_most(f"{size}: without the memory the logits are the base's, bit for bit", of(ours, "memory off"), 0.0),
             below(
@@ -330,6 +379,7 @@ REPRODUCTION = Reproduction(
     setting=f"Models of width {SIZES['S'][0]} and {SIZES['L'][0]} that learned the docstrings of the standard library; "
     f"domain: the language reference, about 58,000 tokens to learn; windows of {WIDTH}, stride {STRIDE}; k {K}.",
     paper="WikiText-103 perplexity, GPT-2 small / xl: base 24.89 / 14.39, kNN-LM 15.62 / 11.30, DAPT 14.76 / 10.16, "
-    "CE-only student 15.95 / 12.30, MemDec 13.36 / 10.93; alpha 0.80 / 0.55.",
+    "LoRA 18.63 / 10.67, retrieved text 18.46 / 11.21, CE-only student 15.95 / 12.30, MemDec 13.36 / 10.93; "
+    "alpha 0.80 / 0.55.",
     measure=measure,
 )
