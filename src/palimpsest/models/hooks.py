@@ -73,9 +73,17 @@ class Call:
     versions: tuple[tuple[Tensor, int], ...] = field(default=(), repr=False)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the module was given."""
+        given = (*self.args, *self.kwargs.values())
+        # most are tensors as they stand, and walking through a tree takes as long as a small layer
+        leaves = (x for value in given for x in ((value,) if isinstance(value, Tensor) else pytree.tree_leaves(value)))
+        return [x for x in leaves if isinstance(x, Tensor)]
+
+    @property
     def input(self) -> Tensor:
         """The first tensor that the module was given."""
-        return next(x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+        return self.tensors[0]
 
     @property
     def gradient(self) -> Tensor:
@@ -130,7 +138,7 @@ def watch(
 
 def _follow(call: Call, output: Any, receive: Backward) -> Any:
     """The output, whose gradients will have the call handed on."""
-    leaves, form = pytree.tree_flatten(output)
+    leaves, form = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
     several = sum(map(_floating, leaves)) > 1
     # one output of a module may be made from another: what comes back at a view is from outside the module alone
     leaves = [x.view_as(x) if several and _floating(x) else x for x in leaves]
@@ -138,8 +146,7 @@ def _follow(call: Call, output: Any, receive: Backward) -> Any:
     for result in results:
         if not result.requires_grad:
             result.requires_grad_()
-    given = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
-    call.versions = tuple((x, x._version) for x in given if not x.is_inference())
+    call.versions = tuple((x, x._version) for x in call.tensors if not x.is_inference())
 
     def arrived(gradients: Any) -> None:
         if any(x._version != version for x, version in call.versions):
@@ -156,7 +163,7 @@ def _follow(call: Call, output: Any, receive: Backward) -> Any:
         results[0].register_hook(lambda gradient: arrived((gradient,)))
     elif results:
         register_multi_grad_hook(results, arrived)
-    return pytree.tree_unflatten(leaves, form) if several else output
+    return pytree.tree_unflatten(leaves, form) if several and form is not None else output
 
 
 def _floating(x: Any) -> bool:

@@ -68,13 +68,14 @@ def stream_gradients(
         return batch.losses(network, reduction, loss)
 
     with evaluating(network), torch.enable_grad():
-        obstacle = _obstacle(network, weights, examples)
+        passes = _Passes(network, weights)
+        obstacle = _obstacle(passes, examples)
         if obstacle:
             run.warn(f"{type(network).__name__}: {obstacle} Gradients are taken one record at a time, which is slower.")
-        backward = _alone if obstacle else _together
+        backward = passes.alone if obstacle else passes.together
         for group in run.track(examples.groups(1 if obstacle else batch_size), label):
             batch = examples.batch(group)
-            losses[batch.index] = backward(network, weights, batch, of, receive).to(losses)
+            losses[batch.index] = backward(batch, of, receive).to(losses)
     return losses
 
 
@@ -91,57 +92,59 @@ def trainable(network: nn.Module, only: Choose | None = None) -> dict[str, nn.Pa
     return found
 
 
-def _together(
-    network: nn.Module, weights: Mapping[str, nn.Parameter], batch: Minibatch, of: Losses, receive: Receive
-) -> Float[Tensor, " batch"]:
-    """One forward and backward pass; every weight is handed on as soon as its last use is known."""
-    names = {id(weight): name for name, weight in weights.items()}
-    owned: dict[str, list[tuple[str, str]]] = {}
-    modules: dict[str, nn.Module] = {}
-    for key, module in network.named_modules():
-        mine = [(n, names[id(w)]) for n, w in module.named_parameters(recurse=False) if id(w) in names]
-        if mine:
-            owned[key], modules[key] = mine, module
-    uses: dict[str, int] = defaultdict(int)
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+class _Passes:
+    """Forward and backward passes through one network, and whose weights are read off where."""
 
-    def entered(call: Call, output: Any) -> Any:
-        for _, name in owned[call.key]:
-            uses[name] += 1
-        # what all examples share (positions, say) is handed out to each, or their gradients would come back as one sum
-        if isinstance(output, Tensor) and output.shape[0] == 1 and len(batch) > 1:
-            return output.expand(len(batch), *output.shape[1:])
-        return None
+    def __init__(self, network: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        self.network, self.weights = network, weights
+        names = {id(weight): name for name, weight in weights.items()}
+        self.owned: dict[str, list[tuple[str, str]]] = {}
+        self.modules: dict[str, nn.Module] = {}
+        for key, module in network.named_modules():
+            mine = [(n, names[id(w)]) for n, w in module.named_parameters(recurse=False) if id(w) in names]
+            if mine:
+                self.owned[key], self.modules[key] = mine, module
+        self.readers = {key: reader(module) for key, module in self.modules.items()}
 
-    def finish(name: str) -> None:
-        receive(batch, Gradient(name, weights[name].shape, len(batch), pieces.pop(name)))
+    def together(self, batch: Minibatch, of: Losses, receive: Receive) -> Float[Tensor, " batch"]:
+        """One forward and backward pass; every weight is handed on as soon as its last use is known."""
+        uses: dict[str, int] = defaultdict(int)
+        pieces: dict[str, list[Piece]] = defaultdict(list)
 
-    def returned(call: Call) -> None:
-        made = reader(call.module)(call, len(batch))
-        for own, name in owned[call.key]:
-            pieces[name].append(made[own])
-            uses[name] -= 1
-            if not uses[name]:
-                finish(name)
+        def entered(call: Call, output: Any) -> Any:
+            for _, name in self.owned[call.key]:
+                uses[name] += 1
+            # what all examples share (positions, say) is handed out to each, or their gradients would come back as one
+            if isinstance(output, Tensor) and output.shape[0] == 1 and len(batch) > 1:
+                return output.expand(len(batch), *output.shape[1:])
+            return None
 
-    with frozen(network), watch(modules, forward=entered, backward=returned):
+        def finish(name: str) -> None:
+            receive(batch, Gradient(name, self.weights[name].shape, len(batch), pieces.pop(name)))
+
+        def returned(call: Call) -> None:
+            made = self.readers[call.key](call, len(batch))
+            for own, name in self.owned[call.key]:
+                pieces[name].append(made[own])
+                uses[name] -= 1
+                if not uses[name]:
+                    finish(name)
+
+        with frozen(self.network), watch(self.modules, forward=entered, backward=returned):
+            losses = _finite(of(batch), batch)
+            losses.sum().backward()
+        for name in list(pieces):
+            finish(name)
+        return losses.detach()
+
+    def alone(self, batch: Minibatch, of: Losses, receive: Receive) -> Float[Tensor, " batch"]:
+        """The same for a batch of one, by plain automatic differentiation."""
         losses = _finite(of(batch), batch)
-        losses.sum().backward()
-    for name in list(pieces):
-        finish(name)
-    return losses.detach()
-
-
-def _alone(
-    network: nn.Module, weights: Mapping[str, nn.Parameter], batch: Minibatch, of: Losses, receive: Receive
-) -> Float[Tensor, " batch"]:
-    """The same for a batch of one, by plain automatic differentiation."""
-    losses = _finite(of(batch), batch)
-    found = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
-    for (name, weight), gradient in zip(weights.items(), found, strict=True):
-        if gradient is not None:
-            receive(batch, Gradient(name, weight.shape, 1, [Dense(widened(gradient)[None])]))
-    return losses.detach()
+        found = torch.autograd.grad(losses.sum(), list(self.weights.values()), allow_unused=True)
+        for (name, weight), gradient in zip(self.weights.items(), found, strict=True):
+            if gradient is not None:
+                receive(batch, Gradient(name, weight.shape, 1, [Dense(widened(gradient)[None])]))
+        return losses.detach()
 
 
 def _finite(losses: Float[Tensor, " batch"], batch: Minibatch) -> Float[Tensor, " batch"]:
@@ -151,12 +154,14 @@ def _finite(losses: Float[Tensor, " batch"], batch: Minibatch) -> Float[Tensor, 
     return losses
 
 
-def _obstacle(network: Any, weights: Mapping[str, nn.Parameter], examples: Examples) -> str:
+def _obstacle(passes: _Passes, examples: Examples) -> str:
     """Why gradients cannot be told apart by example here; empty where they can.
 
     The norms of up to three examples in one batch are compared with those of each alone. The loss is the squared
     logits, whose gradients do not vanish however well the model has learned.
     """
+    network: Any = passes.network
+    weights = passes.weights
     known = hashlib.sha256("|".join(weights).encode()).hexdigest()
     if getattr(network, "_palimpsest_per_example", ("", ""))[0] == known:
         return network._palimpsest_per_example[1]
@@ -176,9 +181,9 @@ def _obstacle(network: Any, weights: Mapping[str, nn.Parameter], examples: Examp
         def expect(batch: Minibatch, gradient: Gradient, row: int = row) -> None:
             expected[row, list(weights).index(gradient.name)] = float(gradient.squared_norms().sqrt())
 
-        _alone(network, weights, examples.batch([place]), of, expect)
+        passes.alone(examples.batch([place]), of, expect)
     try:
-        _together(network, weights, examples.batch(group), of, note)
+        passes.together(examples.batch(group), of, note)
     except (PalimpsestError, RuntimeError) as error:
         obstacle = str(error).strip().splitlines()[0].rstrip(".") + "."
     else:
