@@ -1,9 +1,10 @@
 """GaLore against AdamW, and against what it could be mistaken for, on a small language model of bytes.
 
 A model of two layers learns Python's own standard library byte by byte, 600 steps from random weights. The controls
-keep the first projector for good, or take random directions; adapters of the same rank train a frozen random network.
-The learning rates are those of the specification's trial on another text, and that of AdamW for the adapters; none was
-chosen here.
+keep the first projector for good, or take random directions; adapters of the same rank train a frozen random network,
+or are merged and begun anew after a quarter of full training (ReLoRA); or every matrix is a product of that rank.
+The learning rate of every arm is the best of three on seed 1000, or of four where the best of three was the first or
+the last; that of 8 bits is the one of 32 bits.
 """
 
 from __future__ import annotations
@@ -70,21 +71,30 @@ def adamw(network: nn.Module, training: Training) -> torch.optim.Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """An optimizer and its learning rate; `adapters` is the rank of adapters on a frozen network."""
+    """An optimizer and its learning rate.
+
+    `adapters` is the rank of adapters on a frozen network. With `turns` the training is cut into so many, each with a
+    warm-up of its own: the first trains all weights, the others fresh adapters that are merged at the end of the turn.
+    `factors` is the rank of the product that every matrix of the blocks is.
+    """
 
     learning_rate: float
     make: Callable[..., Any]
     adapters: int = 0
+    turns: int = 1
+    factors: int = 0
 
 
 ARMS = {
-    "AdamW": Arm(1e-2, adamw),
-    f"GaLore, rank {RANK}": Arm(3e-2, maker()),
-    f"GaLore, rank {RANK}, 8 bits": Arm(3e-2, maker(bits=8)),
-    "GaLore, rank 2": Arm(3e-2, maker(rank=2)),
+    "AdamW": Arm(3e-3, adamw),
+    f"GaLore, rank {RANK}": Arm(1e-1, maker()),
+    f"GaLore, rank {RANK}, 8 bits": Arm(1e-1, maker(bits=8)),
+    "GaLore, rank 2": Arm(1e-1, maker(rank=2)),
     "first projector for good": Arm(3e-2, maker(gap=10**9)),
-    "random directions": Arm(3e-2, maker(kind=RandomDirections)),
-    f"adapters of rank {RANK}": Arm(1e-2, adamw, adapters=RANK),
+    "random directions": Arm(1e-1, maker(kind=RandomDirections)),
+    f"adapters of rank {RANK}": Arm(3e-3, adamw, adapters=RANK),
+    f"ReLoRA, rank {RANK}": Arm(3e-3, adamw, adapters=RANK, turns=4),
+    f"W = BA of rank {RANK}": Arm(1e-2, adamw, factors=RANK),
 }
 
 
@@ -127,12 +137,25 @@ def new_model(seed: int) -> Model:
         return Model(LlamaForCausalLM(config), word_tokenizer([]))
 
 
+@torch.no_grad()
+def factorised(model: Model, rank: int) -> Model:
+    """Every matrix of the blocks as a product of two, at first the nearest to it of that rank."""
+    for block in model.network.model.layers:
+        for path, linear in list(block.named_modules()):
+            if isinstance(linear, nn.Linear):
+                inner = nn.Linear(linear.in_features, rank, bias=False)
+                outer = nn.Linear(rank, linear.out_features, bias=False)
+                u, s, v = torch.linalg.svd(linear.weight, full_matrices=False)
+                inner.weight.copy_(s[:rank, None].sqrt() * v[:rank])
+                outer.weight.copy_(u[:, :rank] * s[:rank].sqrt())
+                block.set_submodule(path, nn.Sequential(inner, outer))
+    return model
+
+
 def tried(arm: Arm, seed: int, run: Run) -> dict[str, float]:
     """Loss on held-out text (nats a byte) and bytes of the optimizer's state for the matrices of the blocks."""
     learn, held_out = pieces(seed)
-    training = dataclasses.replace(TRAINING, learning_rate=arm.learning_rate, lora_rank=arm.adapters)
-    model = new_model(seed)
-    plan = schedule(model, training, run, text=learn)
+    model = factorised(new_model(seed), arm.factors) if arm.factors else new_model(seed)
     made: list[Any] = []
 
     def make(network: nn.Module, training: Training) -> Any:
@@ -140,9 +163,14 @@ def tried(arm: Arm, seed: int, run: Run) -> dict[str, float]:
         return made[-1]
 
     own = run.replace(seed=seed, in_place=True, folder=None)
-    trained = train(model, plan, lambda batch: batch.text.cross_entropy, training, own, optimizer=make)
-    loss = float(score(trained, held_out, run).mean_nll().mean())
-    return {"loss": loss, "state": float(state_bytes(made[0]))}
+    size = len(learn) // arm.turns
+    for turn in range(arm.turns):
+        rank = 0 if arm.turns > 1 and turn == 0 else arm.adapters
+        training = dataclasses.replace(TRAINING, learning_rate=arm.learning_rate, lora_rank=rank)
+        plan = schedule(model, training, own, text=learn[turn * size : (turn + 1) * size])
+        model = train(model, plan, lambda batch: batch.text.cross_entropy, training, own, optimizer=make)
+    loss = float(score(model, held_out, run).mean_nll().mean())
+    return {"loss": loss, "state": float(max(map(state_bytes, made)))}
 
 
 def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
@@ -165,6 +193,8 @@ def judge(found: dict[str, dict[str, Seeds]]) -> Outcome:
     checks = (
         at_most("GaLore's loss is within 0.05 nats of AdamW's", galore["loss"], adam["loss"] + 0.05),
         at_least("adapters on a frozen network lose 0.1 nats more", adapters["loss"], galore["loss"] + 0.1),
+        above("ReLoRA does worse than GaLore", found[f"ReLoRA, rank {RANK}"]["loss"], galore["loss"]),
+        above("and W = BA of that rank", found[f"W = BA of rank {RANK}"]["loss"], galore["loss"]),
         above("rank 2 is worse", small["loss"], galore["loss"] + 0.1),
         above("so is the first projector for good", found["first projector for good"]["loss"], galore["loss"]),
         above("and so are random directions", found["random directions"]["loss"], galore["loss"]),
@@ -178,8 +208,8 @@ def judge(found: dict[str, dict[str, Seeds]]) -> Outcome:
     return Outcome(
         rows=rows,
         checks=checks,
-        note="The state is that of all weights: embedding and head, a quarter of this small model, have AdamW's own. "
-        "The low-rank factorisation W = BA of the paper's table was not tried.",
+        note="The state is that of all weights: embedding and head, a quarter of this small model, have AdamW's own; "
+        "ReLoRA's is that of its first turn, which trains all weights.",
     )
 
 
@@ -190,6 +220,6 @@ REPRODUCTION = Reproduction(
     setting=f"A byte-level model of two layers and width {WIDTH} on the sources of Python's standard library, {STEPS} "
     f"steps of {BATCH} windows of {CONTEXT} bytes; a new projector every {GAP} steps, scale 0.25.",
     paper="C4, perplexity (memory of weights and state): 60M full rank 34.06 (0.36G), GaLore 34.88 (0.24G), LoRA 34.99 "
-    "(0.36G); 130M 25.08, 25.36, 33.92; 1B 15.56, 15.64, 19.21.",
+    "(0.36G), ReLoRA 37.04, W = BA 78.18; 130M 25.08, 25.36, 33.92; 1B 15.56, 15.64, 19.21.",
     measure=measure,
 )
