@@ -22,6 +22,7 @@ from palimpsest.audit.reading import Reading, mean_value
 from palimpsest.comparison import Task, compare
 from palimpsest.data.digits import CLASSES, SIDE, digits
 from palimpsest.data.records import Record, Roles
+from palimpsest.erase.balanced_subnet import BalancedSubnet
 from palimpsest.erase.gradient_ascent import GradientAscent
 from palimpsest.erase.loss_curvature import LossCurvature
 from palimpsest.models.anatomy import anatomy
@@ -51,6 +52,7 @@ SHARES = {
     "magnitude": (0.2, 0.25, 0.3, 0.4),
 }
 ASCENT = (2e-4, 4e-4, 6e-4, 8e-4)
+RATIOS, RETAIN_WEIGHT = (0.015, 0.03, 0.05, 0.15), 0.7
 
 
 def noisy_digits(seed: int = 0) -> Roles:
@@ -166,6 +168,10 @@ def _curves() -> dict[str, list[Method]]:
     steps = Training(epochs=1, batch_size=128, warmup_epochs=0.0, decay="constant", weight_decay=0.0, micro_tokens=4096)
     curves["gradient ascent on the wrong labels"] = [
         GradientAscent(training=dataclasses.replace(steps, learning_rate=rate)) for rate in ASCENT
+    ]
+    learned = dataclasses.replace(BalancedSubnet().training, micro_tokens=4096)
+    curves["balanced subnet, told which"] = [
+        BalancedSubnet(ratio=ratio, retain_weight=RETAIN_WEIGHT, training=learned) for ratio in RATIOS
     ]
     return curves
 
