@@ -61,7 +61,7 @@ LEARNING = Training(
     micro_tokens=4096,
 )
 DOMAIN = dataclasses.replace(LEARNING, learning_rate=1e-3, epochs=4)
-ADAPTERS = dataclasses.replace(DOMAIN, learning_rate=3e-3)
+ADAPTERS = dataclasses.replace(DOMAIN, learning_rate=1e-2, epochs=10)
 MEMORY = dataclasses.replace(LEARNING, epochs=10, weight_decay=0.0, warmup_epochs=0.0)
 ARMS = {"MemDec": 0.5, "CE-only student": 0.0}
 """The weight of the neighbours in training."""
