@@ -17,7 +17,7 @@ from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.run import Run, console
 
 Verdict = Literal["holds", "does not hold", "inconclusive"]
-HELPERS = ("runner", "harness", "classifier", "judging", "domains")
+HELPERS = ("runner", "harness", "classifier", "judging", "domains", "memory_baselines")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
