@@ -3,7 +3,7 @@
 All run in turn in one process, on the same model and batches; the ratios are what counts. `one by one` is the loop that
 everybody writes: a backward pass an example, squares added up.
 
-    python benchmarks/passes.py vit small-vit convnet lm
+    python benchmarks/passes.py vit narrow-vit small-vit convnet lm
 """
 
 import argparse
@@ -28,15 +28,27 @@ from palimpsest.statistics.projection import KroneckerProjection, projected_grad
 RUN = Run(progress=False)
 
 
-def vit():
-    """A ViT of width 192 and 6 layers on 32 x 32 images in patches of 4: 2.7 M weights, 65 positions."""
+def random_images(side, patch, sizes, count=64):
+    """A ViT with first weights, and random images for it."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
     torch.manual_seed(0)
-    network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10))
-    records = [Record(image=torch.randn(3, 32, 32), label=i % 10) for i in range(64)]
-    return Model(network.eval()), records, {"layers": [0, 5], "wanted": ["mlp_up", "mlp_down"], "positions": "first"}
+    network = ViTForImageClassification(ViTConfig(**sizes, image_size=side, patch_size=patch, num_labels=10))
+    records = [Record(image=torch.randn(3, side, side), label=i % 10) for i in range(count)]
+    return Model(network.eval()), records
+
+
+def vit():
+    """A ViT of width 192 and 6 layers on 32 x 32 images in patches of 4: 2.7 M weights, 65 positions."""
+    sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    layers = {"layers": [0, 5], "wanted": ["mlp_up", "mlp_down"], "positions": "first"}
+    return *random_images(32, 4, sizes), layers
+
+
+def narrow_vit():
+    """A ViT of width 64 and 3 layers on 24 x 24 images in patches of 4: 157,000 weights, 37 positions."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
+    return *random_images(24, 4, sizes, 256), None
 
 
 def small_vit():
@@ -109,12 +121,12 @@ def compare(name, make, size, rounds, most):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["vit", "small-vit", "convnet", "lm"])
+    parser.add_argument("models", nargs="*", default=["vit", "narrow-vit", "small-vit", "convnet", "lm"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()
-    makers = {"vit": vit, "small-vit": small_vit, "convnet": convnet, "lm": lm}
+    makers = {"vit": vit, "narrow-vit": narrow_vit, "small-vit": small_vit, "convnet": convnet, "lm": lm}
     for name in arguments.models:
         compare(name, makers[name], arguments.batch, arguments.rounds, arguments.examples)
 
