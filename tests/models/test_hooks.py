@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from palimpsest.errors import PalimpsestError
-from palimpsest.models.hooks import capture, no_hooks_left, watch
+from palimpsest.models.hooks import Call, capture, no_hooks_left, watch
 
 
 def test_capture_holds_the_first_output_of_every_module(llama, tokens):
@@ -166,3 +166,10 @@ def test_without_gradients_only_forward_is_called():
     with watch({"x": layer}, forward=lambda call, y: seen.append(call.key), backward=seen.append), torch.no_grad():
         assert not layer(torch.ones(1, 2)).requires_grad
     assert seen == ["x"]
+
+
+def test_the_input_is_the_first_tensor_wherever_it_stands():
+    a, b, c = (torch.full((2,), float(i)) for i in range(3))
+    call = Call("layer", torch.nn.Identity(), (None, {"deep": [a, 3]}, b), {"mask": c, "flag": True})
+    assert [id(x) for x in call.tensors] == [id(a), id(b), id(c)]
+    assert call.input is a
