@@ -69,7 +69,8 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
 }
 """The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: others.
 
-For `iau` no value was better than doing nothing; it keeps its own.
+For `iau` no value was better than doing nothing; it keeps its own. The value of `whp` was chosen while its
+reinforcement still ran at 1e-5; `scrub`, `guard` and `whp-decode` have not been tuned.
 """
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "*": {
@@ -85,12 +86,13 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "uld": {"training.learning_rate": 1e-3},
     "balanced-subnet": {"training.learning_rate": 0.1},
 }
+"""The common rate, `stranger` and `npo` were chosen on people of a validation seed; the others are their defaults."""
 PEOPLE: Mapping[str, Mapping[str, Any]] = {
     **EMBEDDED,
     "*": {**EMBEDDED["*"], "training.epochs": 5},
     "stranger": {"training.learning_rate": 1e-4, "training.epochs": 6},
 }
-"""As `EMBEDDED`, but short enough for a demo; tried on people of a validation seed."""
+"""As `EMBEDDED`, but short enough for a demo."""
 
 SHORT = Finetune(training=Training(learning_rate=1.5e-4, epochs=6, batch_size=8, warmup_epochs=0.5))
 """How the embedded model learns a few dozen short facts."""

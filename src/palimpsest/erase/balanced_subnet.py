@@ -74,7 +74,10 @@ class Masked(nn.Module):
     takes="causal-lm or classifier",
     needs={"forget", "retain"},
     fidelity="matches the official code",
-    deviations=("a step without texts of one kind has no term for it",),
+    deviations=(
+        "a step without texts of one kind has no term for it",
+        "classifiers, and convolutions where there are no MLPs, are ours",
+    ),
 )
 class BalancedSubnet(Method):
     """Switches off the MLP weights whose absence costs the forget set most and the retain set least."""
