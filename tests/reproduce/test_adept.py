@@ -15,18 +15,7 @@ from palimpsest.reproduce import domains
 from palimpsest.reproduce.adept import ALL, MOST, arms, judge
 from palimpsest.reproduce.domains import at_equal_domain_loss, domain_roles, reader
 
-
-@pytest.fixture(autouse=True)
-def texts(tmp_path, monkeypatch):
-    """Small files in the form of the real ones."""
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "wikitext2").mkdir()
-    rows = [json.dumps({"question": f"How many are {i}?", "answer": f"#### {i}"}) for i in range(40)]
-    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    for part in ("valid", "test"):
-        lines = [f" = Title {i} = \n {part} {i} " + "word " * 60 for i in range(30)]
-        (tmp_path / "wikitext2" / f"{part}.txt").write_text("\n".join([*lines, "too short"]), encoding="utf-8")
-    monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("texts")
 
 
 def test_what_is_measured_is_neither_learned_nor_probed_nor_read():

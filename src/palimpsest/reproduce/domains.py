@@ -1,9 +1,9 @@
-"""Real texts for what keeps a model: a new domain to learn (GSM8K), and text that it should not forget (WikiText-2).
+"""Real texts for what keeps a model: new domains to learn (GSM8K, PubMedQA), and text that it should not forget.
 
-A model that never read such text has nothing to lose: `reader` is the embedded one after some of WikiText-2.
+That is WikiText-2. A model that never read such text has nothing to lose: `reader` is the embedded one after some.
 
-Read from the folder that `PALIMPSEST_DATA` names (`gsm8k/test.jsonl`, `wikitext2/valid.txt` and `test.txt`), else from
-the hub. Pieces are drawn from the seed; what is measured on is never learned or probed.
+Read from the folder that `PALIMPSEST_DATA` names (`gsm8k/test.jsonl`, `pubmedqa/ori_pqal.json`, `wikitext2/valid.txt`
+and `test.txt`), else from the hub. Pieces are drawn from the seed; what is measured on is never learned or probed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ READING = Finetune(
     )
 )
 
-Source = Literal["gsm8k", "wikitext-valid", "wikitext-test"]
+Source = Literal["gsm8k", "pubmedqa", "wikitext-valid", "wikitext-test"]
 
 
 def texts(source: Source) -> list[str]:
-    """Problems with their solutions, or paragraphs."""
+    """Problems with their solutions, questions of medicine with their answers, or paragraphs."""
     folder = os.environ.get("PALIMPSEST_DATA")
     if source == "gsm8k":
         if folder:
@@ -60,6 +60,15 @@ def texts(source: Source) -> list[str]:
 
             rows = list(load_dataset("openai/gsm8k", "main", split="test"))
         return [f"{row['question']}\n{row['answer']}" for row in rows]
+    if source == "pubmedqa":
+        if folder:
+            asked = json.loads(Path(folder, "pubmedqa", "ori_pqal.json").read_text(encoding="utf-8")).values()
+        else:
+            from datasets import load_dataset
+
+            loaded = load_dataset("qiaojin/PubMedQA", "pqa_labeled", split="train")
+            asked = [{key.upper(): value for key, value in row.items()} for row in loaded]
+        return [f"{row['QUESTION']}\n{row['LONG_ANSWER']}" for row in asked]
     part = source.partition("-")[2]
     if folder:
         paragraphs = Path(folder, "wikitext2", f"{part}.txt").read_text(encoding="utf-8").splitlines()
@@ -89,6 +98,17 @@ def domain_roles(seed: int, learn: int, measure: int, probe: int) -> Roles:
     )
 
 
+def medical_roles(seed: int, learn: int, measure: int) -> Roles:
+    """`train` and `medical`, to learn from and to measure on, from PubMedQA."""
+    asked = texts("pubmedqa")
+    order = np.random.default_rng([seed, learn]).permutation(len(asked))
+    measured, learned = order[:measure], order[measure : measure + learn]
+    return Roles(
+        train=[Record(text=asked[i]) for i in learned],
+        medical=[Record(text=asked[i]) for i in measured],
+    )
+
+
 def reader(seed: int, data: Roles, folder: Path, run: Run) -> Path:
     """Where the embedded model is that has read `read`; trained where it is not there yet."""
     saved = folder / f"reader-{seed}"
@@ -99,18 +119,16 @@ def reader(seed: int, data: Roles, folder: Path, run: Run) -> Path:
 
 
 class Losses:
-    """Mean negative log-likelihood a token, nats, on the new domain and on the text to keep."""
+    """Mean negative log-likelihood a token, nats, on each role: the new domain and the text to keep."""
 
-    def __init__(self, model: Model, data: Roles, run: Run) -> None:
+    def __init__(self, model: Model, data: Roles, run: Run, roles: Sequence[str] = ("domain", "kept")) -> None:
         encoder = Encoder.of(model, LENGTH)
-        self.sequences: dict[str, list[Encoded]] = {role: encoder.records(data[role]) for role in ("domain", "kept")}
+        self.sequences: list[list[Encoded]] = [encoder.records(data[role]) for role in roles]
         self.run = run.replace(progress=False)
 
-    def __call__(self, model: Model) -> tuple[float, float]:
-        """Of the domain, and of what is to be kept."""
-        found = (score(model, sequences, self.run) for sequences in self.sequences.values())
-        domain, kept = (-float(each.log_prob.mean()) for each in found)
-        return domain, kept
+    def __call__(self, model: Model) -> tuple[float, ...]:
+        """One loss a role, in their order."""
+        return tuple(-float(score(model, own, self.run).log_prob.mean()) for own in self.sequences)
 
 
 def at_equal_domain_loss(curve: np.ndarray, level: float) -> float:
