@@ -21,6 +21,7 @@ from palimpsest.models.hooks import no_hooks_left
 from palimpsest.models.loading import load
 from palimpsest.statistics.likelihood import sequence_nll
 from palimpsest.train import Training, measured_precision, schedule, train
+from palimpsest.training import precision
 
 RECORDS = [Record(prompt=q, answer=a) for q, a in zip(QUESTIONS, ANSWERS, strict=True)][:8]
 RECORDS[3] = Record(prompt=QUESTIONS[3], answer=f"{ANSWERS[3]} {ANSWERS[4]} {ANSWERS[5]}")
@@ -374,6 +375,14 @@ def test_mixed_precision_does_not_outlast_its_training(llama):
 
 def test_the_measured_precision_is_one_that_can_be_asked_for():
     assert measured_precision("cpu") in ("float32", "bfloat16")
+
+
+def test_a_small_network_learns_in_float32_whatever_is_faster_here(llama, monkeypatch):
+    monkeypatch.setattr(precision, "measured_precision", lambda device: "bfloat16")
+    expected = learn(llama).digest()
+    assert learn(llama, run=quiet(precision="auto")).digest() == expected
+    monkeypatch.setattr(precision, "SMALL", 0)
+    assert learn(llama, run=quiet(precision="auto")).digest() != expected
 
 
 DISTRIBUTED = """

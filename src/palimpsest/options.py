@@ -28,7 +28,7 @@ class RunOptions:
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     precision: Precision = "auto"
-    """auto measures which is faster on this machine"""
+    """auto: float32 for small models, else what is faster on this machine"""
     work: Path | None = None
     """folder for checkpoints: a command that was killed goes on from there"""
     quiet: bool = False

@@ -102,7 +102,7 @@ def train(
             watch,
             mode,
             model=learner,
-            args=_arguments(plan, training, run, work),
+            args=_arguments(plan, training, run, work, precision_of(run, network)),
             optimizers=(optimizer(learner, training) if optimizer is not None else None, None),
             callbacks=[
                 _Watch(student, stop or run.stop, advance, run.checkpoint_seconds if job is not None else math.inf)
@@ -118,7 +118,7 @@ def train(
     return student
 
 
-def _arguments(plan: Schedule, training: Training, run: Run, work: Path) -> TrainingArguments:
+def _arguments(plan: Schedule, training: Training, run: Run, work: Path, precision: str) -> TrainingArguments:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = run.torch_device().type == "cpu"
     return TrainingArguments(
@@ -132,7 +132,7 @@ def _arguments(plan: Schedule, training: Training, run: Run, work: Path) -> Trai
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.decay, training.decay),
         max_grad_norm=training.max_grad_norm,
         seed=run.seed,
-        bf16=precision_of(run) == "bfloat16",
+        bf16=precision == "bfloat16",
         use_cpu=on_cpu,
         ddp_backend="gloo" if world > 1 and on_cpu else None,
         save_strategy="no",

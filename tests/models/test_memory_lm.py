@@ -165,3 +165,14 @@ def test_bad_input_is_named(ids):
 def test_a_config_that_means_nothing_is_named(fields, words):
     with pytest.raises(PalimpsestError, match=words):
         build(**fields)
+
+
+@every_mixer
+def test_mixed_precision_computes_nearly_the_same(mixer, ids):
+    network = build(mixer).train()
+    exact = network(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = network(ids, labels=ids).loss
+    mixed.backward()
+    assert all(weight.grad is not None for weight in network.parameters() if weight.requires_grad)
+    assert mixed.item() == pytest.approx(exact.item(), rel=0.01)

@@ -175,8 +175,8 @@ class MixtureOfMemories(nn.Module):
         plan = routes(chosen, weight, total, mask)
         x, tails = self._inputs(hidden, state["tails"].transpose(0, 1).flatten(0, 1), plan)
         read, memories = self._recur(x, state["memories"].transpose(0, 1).flatten(0, 1), plan)
-        mixed = read.new_zeros(hidden[..., 0].numel(), *read.shape[1:])
-        mixed = mixed.index_add(0, plan.token, read * plan.weight[:, None, None])
+        weighted = read * plan.weight[:, None, None]
+        mixed = weighted.new_zeros(hidden[..., 0].numel(), *read.shape[1:]).index_add(0, plan.token, weighted)
         return self._out(mixed.unflatten(0, hidden.shape[:2]), hidden), {
             "memories": memories.unflatten(0, (total, batch)).transpose(0, 1),
             "tails": tails.unflatten(0, (total, batch)).transpose(0, 1),

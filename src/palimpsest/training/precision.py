@@ -5,13 +5,23 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 
 from palimpsest.run import Run
 
+SMALL = 10_000_000
+"""Weights of a network below which bfloat16 gains little: its casts take as long as its products save."""
 
-def precision_of(run: Run) -> str:
-    """The precision that the run asks for, `auto` decided by measuring."""
-    return measured_precision(str(run.torch_device())) if run.precision == "auto" else run.precision
+
+def precision_of(run: Run, network: nn.Module) -> str:
+    """The precision that the run asks for. `auto`: float32 for a small network, else what measuring says.
+
+    A small network therefore learns the same on every machine.
+    """
+    if run.precision != "auto":
+        return run.precision
+    small = sum(weight.numel() for weight in network.parameters()) < SMALL
+    return "float32" if small else measured_precision(str(run.torch_device()))
 
 
 def measured_precision(device: str, trials: int = 3) -> str:
