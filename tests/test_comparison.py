@@ -261,11 +261,16 @@ def test_tuning_tries_every_value_on_validation_data_and_resumes(tmp_path):
 
 
 def test_the_value_with_the_best_score_is_taken():
-    found = to_markdown({"npo": {1e-4: 0.2, 1e-3: 0.9, 3e-3: 0.5}, "ssd": {1.5: 0.4}}, grids_of("harness"))
+    found = to_markdown({"npo": {1e-4: 0.2, 1e-3: 0.9, 3e-3: 0.5}, "ssd": {1.5: 0.4, 2: 0.3}}, grids_of("harness"))
     assert found.splitlines()[2:] == [
         "| npo | training.learning_rate | 0.0001, 0.001, 0.003 | 0.2, 0.9, 0.5 | 0.001 |",
-        "| ssd | alpha | 1.5 | 0.4 | 1.5 |",
+        "| ssd | alpha | 1.5, 2 | 0.4, 0.3 | 1.5 |",
     ]
+
+
+def test_no_value_is_taken_where_it_does_not_matter_which():
+    found = to_markdown({"iau": {1e-4: 0.0, 1e-3: 0.0}}, grids_of("harness"))
+    assert found.splitlines()[2:] == ["| iau | learning_rate | 0.0001, 0.001 | 0, 0 | - |"]
 
 
 def test_every_grid_names_a_setting_of_its_method():

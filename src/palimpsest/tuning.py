@@ -2,7 +2,9 @@
 
 closeness   1 - |P - P_gold| / (P_before - P_gold), at least 0: how near the forget answers are to gold's probability
 kept        min(1, utility / utility before)
-score       harmonic mean of the two; the value with the best score is taken
+score       harmonic mean of the two; the value with the best score is taken, where it matters which
+
+No value is taken where all have one score: what does nothing at any value keeps its own setting.
 """
 
 from __future__ import annotations
@@ -29,18 +31,21 @@ GRIDS: Grids = {
     "loss-curvature": ("rho", (0.8, 0.9, 0.95, 0.98)),
     "balanced-subnet": ("ratio", (0.0015, 0.005, 0.015, 0.05)),
     "uld": (RATE, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "whp-decode": ("alpha", (0.5, 1.0, 2.0, 5.0)),
+    "whp": ("reinforce.learning_rate", (3e-4, 1e-3, 3e-3, 1e-2)),
+    "whp-decode": ("reinforce.learning_rate", (3e-4, 1e-3, 3e-3, 1e-2)),
     "guard": ("decoding.threshold", (0.05, 0.2, 0.5, 0.8)),
 }
 """The setting that decides how hard a method acts, and what is tried on the harness; `*`: every other method."""
 EMBEDDED_GRIDS: Grids = {
     **GRIDS,
     "*": (RATE, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "ssd": ("alpha", (1.1, 1.3, 1.6, 2.0)),
+    "ssd": ("alpha", (2.0, 2.2, 2.4, 2.6)),
     "iau": ("learning_rate", (1e-6, 1e-5, 3e-5, 1e-4)),
     "uld": (RATE, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "whp": ("reinforce.learning_rate", (5e-5, 1e-4, 3e-4, 1e-3)),
+    "whp-decode": ("reinforce.learning_rate", (5e-5, 1e-4, 3e-4, 1e-3)),
 }
-"""The same for the embedded language model. SSD changes nothing from alpha = |D| / |F| on, here 2.7."""
+"""The same for the embedded language model. SSD wrecks it up to alpha 2 and changes nothing from |D| / |F| on, 2.7."""
 
 
 def grids_of(task: str) -> Grids:
@@ -82,8 +87,8 @@ def to_markdown(scores: Mapping[str, Mapping[float, float]], grids: Grids) -> st
     lines = ["| method | setting | tried | score | taken |", "|:--|:--|:--|:--|--:|"]
     for name, found in scores.items():
         tried, reached = (", ".join(f"{x:.3g}" for x in numbers) for numbers in (found, found.values()))
-        taken = max(found, key=found.__getitem__)
-        lines.append(f"| {name} | {grids.get(name, grids['*'])[0]} | {tried} | {reached} | {taken:g} |")
+        best = f"{max(found, key=found.__getitem__):g}" if len(set(found.values())) > 1 else "-"
+        lines.append(f"| {name} | {grids.get(name, grids['*'])[0]} | {tried} | {reached} | {best} |")
     return "\n".join(lines)
 
 

@@ -80,8 +80,8 @@ def test_decoding_step_by_step_gives_the_full_pass(any_lookup):
     whole = any_lookup(input_ids=IDS).logits
     cache, steps = None, []
     for place in range(IDS.shape[1]):
-        step = any_lookup(input_ids=IDS[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = any_lookup(input_ids=IDS[:, place : place + 1], cache=cache, use_cache=True)
+        cache = step.cache
         steps.append(step.logits)
     assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)
 

@@ -465,9 +465,9 @@ def test_wrong_calls_are_refused(guarded):
         network.generate(max_new_tokens=3)
     with pytest.raises(PalimpsestError, match="takes input_ids"):
         network(inputs_embeds=torch.zeros(1, 2, 32))
-    cache = network(ids, use_cache=True).past_key_values
+    cache = network(ids, use_cache=True).cache
     with pytest.raises(PalimpsestError, match="cannot go on from a cache"):
-        network(ids, past_key_values=cache)
+        network(ids, cache=cache)
     with pytest.raises(PalimpsestError, match=r"the prompt has 2048 tokens; prompt and answer may have 2048"):
         network.generate(input_ids=torch.ones(1, 2048, dtype=torch.long))
     with pytest.raises(PalimpsestError, match="a guarded model has no field 'beam'"):

@@ -95,11 +95,11 @@ def test_saved_and_loaded_it_computes_the_same(mixer, ids, tmp_path):
 @pytest.mark.parametrize("mixer", sorted(set(MIXERS)))
 def test_the_cache_has_the_same_size_after_any_number_of_tokens(mixer, ids):
     network = build(mixer)
-    short = network(ids[:, :6], use_cache=True).past_key_values.floats
-    cache = network(ids, use_cache=True).past_key_values
+    short = network(ids[:, :6], use_cache=True).cache.floats
+    cache = network(ids, use_cache=True).cache
     assert cache.floats == short
     assert cache.get_seq_length() == 12
-    network(ids[:, :1], past_key_values=cache)
+    network(ids[:, :1], cache=cache)
     assert (cache.floats, cache.get_seq_length()) == (short, 13)
 
 
@@ -147,8 +147,8 @@ def test_bad_input_is_named(ids):
     network = build()
     with pytest.raises(PalimpsestError, match=r"attention_mask has shape \[3, 1, 12, 12\], expected \[3, tokens\]"):
         network(ids, attention_mask=torch.ones(3, 1, 12, 12))
-    with pytest.raises(PalimpsestError, match="past_key_values is a list, expected a MemoryCache"):
-        network(ids, past_key_values=[])
+    with pytest.raises(PalimpsestError, match="cache is a list, expected a MemoryCache"):
+        network(ids, cache=[])
     with pytest.raises(PalimpsestError, match="cannot be cut back"):
         MemoryCache().crop(3)
 

@@ -85,7 +85,7 @@ def test_a_member_that_counts_alone_decides_bit_by_bit_and_the_other_is_not_run(
     model = mixed(rule=rule)
     found = model(input_ids=IDS, use_cache=True)
     assert torch.equal(found.logits, model.network.member(alone)(IDS).logits)
-    assert list(found.past_key_values.members) == [alone]
+    assert list(found.cache.members) == [alone]
     expected = model.network.member(alone).generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False), expected)
 
@@ -95,8 +95,8 @@ def test_decoding_step_by_step_with_a_cache_gives_the_full_pass(any_mixture):
     whole = any_mixture(input_ids=IDS, decoding=True).logits
     cache, steps = None, []
     for place in range(IDS.shape[1]):
-        step = any_mixture(input_ids=IDS[:, place : place + 1], past_key_values=cache, use_cache=True, decoding=True)
-        cache = step.past_key_values
+        step = any_mixture(input_ids=IDS[:, place : place + 1], cache=cache, use_cache=True, decoding=True)
+        cache = step.cache
         steps.append(step.logits)
     assert isinstance(cache, MixtureCache)
     assert cache.get_seq_length() == IDS.shape[1]
@@ -394,8 +394,8 @@ def test_members_that_do_not_fit_are_refused(llama):
 
 def test_what_a_mixture_cannot_take_is_refused():
     model = mixed()
-    with pytest.raises(PalimpsestError, match="past_key_values is a DynamicCache; a mixture keeps one cache a member"):
-        model(input_ids=IDS, past_key_values=DynamicCache())
+    with pytest.raises(PalimpsestError, match="cache is a DynamicCache; a mixture keeps one cache a member"):
+        model(input_ids=IDS, cache=DynamicCache())
     with pytest.raises(PalimpsestError, match="a mixture takes input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
     with pytest.raises(PalimpsestError, match="cache_implementation is 'static'; a mixture keeps one dynamic cache"):

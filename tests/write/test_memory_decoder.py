@@ -269,8 +269,8 @@ def test_decoding_step_by_step_gives_the_full_pass(taught):
     whole = both(input_ids=IDS).logits
     cache, steps = None, []
     for place in range(IDS.shape[1]):
-        step = both(input_ids=IDS[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = both(input_ids=IDS[:, place : place + 1], cache=cache, use_cache=True)
+        cache = step.cache
         steps.append(step.logits)
     assert len(cache.layers) == 3 + 2
     assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)

@@ -50,7 +50,7 @@ def continue_tokens(
         generated = network.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=_cache(network, prompts[batch[0]][:shared], len(batch) * beams, model.device),
+            cache=_cache(network, prompts[batch[0]][:shared], len(batch) * beams, model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -95,7 +95,7 @@ def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.de
     if not beginning or not (shares or getattr(network, "_supports_default_dynamic_cache", lambda: True)()):
         return None
     ids = torch.tensor([list(beginning)], device=device)
-    cache = network(input_ids=ids, use_cache=True).past_key_values  # the network knows what kind of cache it keeps
+    cache = network(input_ids=ids, use_cache=True).cache  # the network knows what kind of cache it keeps
     cache.batch_repeat_interleave(copies)
     return cache
 

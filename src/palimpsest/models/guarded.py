@@ -29,6 +29,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from palimpsest.data.encoding import context_length
 from palimpsest.errors import PalimpsestError
@@ -77,7 +78,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
     # --- generation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *, tracing: bool = False, **keywords: Any) -> Any:  # type: ignore[override]
+    def generate(self, inputs: Tensor | None = None, *, tracing: bool = False, **keywords: Any) -> Any:
         """The network's own `generate` for prompts that are not guarded; `decisions` says what was done about each.
 
         A guarded prompt is searched with `beams` beams, unless num_beams or do_sample says otherwise, and without a
@@ -141,7 +142,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         own = {
             name: value[list(rows)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
             for name, value in keywords.items()
-            if name not in ("past_key_values", "logits_processor")
+            if name not in ("cache", "logits_processor")
         }
         sampling = bool(asked("do_sample"))
         single = sampling or keywords.get("streamer") is not None  # beams are known only at the end
@@ -185,11 +186,12 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         prompt_lengths: Tensor | None = None,
@@ -198,7 +200,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         """Logits; of a guarded row, those after the prompt are charged and normalised log-probabilities."""
         if input_ids is None:
             raise PalimpsestError("a guarded model takes input_ids: the prompt decides how an answer is scored.")
-        if past_key_values is not None and past_key_values.get_seq_length():
+        if cache is not None and cache.get_seq_length():
             raise PalimpsestError(
                 "a guarded model scores whole sequences, and decodes by its own `generate`; it cannot go on from a "
                 "cache. Mix or change the network inside (`unguarded`), and guard the result."
@@ -210,7 +212,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
             output = self.unguarded(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 logits_to_keep=logits_to_keep,
                 **more,
             )
@@ -222,7 +224,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=getattr(output, "past_key_values", None),
+            cache=getattr(output, "cache", None),
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
@@ -298,7 +300,7 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         """The network has made its own weights."""
         self.tie_weights(recompute_mapping=False)
 
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """The network's; decoding is its own."""
         return self.unguarded.prepare_inputs_for_generation(input_ids, **kwargs)
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.layers import State
@@ -146,6 +147,8 @@ class MemoryCache(Cache):
     layer_class_to_replicate = None
     offloading = False
     layers: list[Any] = []  # noqa: RUF012  there are no key-value layers
+    is_croppable = False
+    is_linear = (False,)  # type: ignore[assignment]  # so that `generate` cuts the tokens that it has seen off a prompt
 
     def __init__(self, states: list[State] | None = None, tokens: int = 0) -> None:
         self.states = states
@@ -204,12 +207,13 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
+        cache: MemoryCache | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -223,9 +227,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise PalimpsestError("a memory language model takes input_ids.")
-        if past_key_values is not None and not isinstance(past_key_values, MemoryCache):
+        if cache is not None and not isinstance(cache, MemoryCache):
             raise PalimpsestError(
-                f"past_key_values is a {type(past_key_values).__name__}, expected a MemoryCache. Leave it out, or pass "
+                f"cache is a {type(cache).__name__}, expected a MemoryCache. Leave it out, or pass "
                 "the one that the model returned."
             )
         mask = _real(attention_mask, input_ids)
@@ -234,7 +238,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.embed(input_ids)
         hidden = hidden if order is None else _moved(hidden, order)
         seen = [hidden] if output_hidden_states else []
-        before = past_key_values.states if past_key_values is not None else None
+        before = cache.states if cache is not None else None
         states: list[Any] = before or [None] * len(self.layers)
         after: list[State] = []
         for block, state in zip(self.layers, states, strict=True):
@@ -245,17 +249,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.norm(hidden if back is None else _moved(hidden, back))
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.unembed(hidden[:, keep])
-        cache = None
-        if use_cache or (use_cache is None and past_key_values is not None):
-            cache = past_key_values if past_key_values is not None else MemoryCache()
-            cache.states, cache.tokens = after, cache.tokens + input_ids.shape[1]
+        kept = None
+        if use_cache or (use_cache is None and cache is not None):
+            kept = MemoryCache() if cache is None else cache
+            kept.states, kept.tokens = after, kept.tokens + input_ids.shape[1]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **more) + self.penalty()
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            cache=kept,
             hidden_states=tuple(x if back is None else _moved(x, back) for x in seen) or None,
         )
 

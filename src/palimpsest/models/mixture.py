@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.models.combination import RULES, Rule
@@ -76,11 +77,25 @@ class MixtureCache(Cache):
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]
         """The layers of all members, one member after the other."""
-        return [layer for cache in self.members.values() if cache is not None for layer in cache.layers]
+        return [layer for cache in self._held for layer in cache.layers]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """As the members' caches say."""
+        return [linear for cache in self._held for linear in cache.is_linear]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether all of them are."""
+        return all(cache.is_croppable for cache in self._held)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens are held; a member that is not needed holds none."""
-        return max((cache.get_seq_length() for cache in self.members.values() if cache is not None), default=0)
+        return max((cache.get_seq_length() for cache in self._held), default=0)
+
+    @property
+    def _held(self) -> list[Any]:
+        return [cache for cache in self.members.values() if cache is not None]
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
@@ -156,12 +171,13 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         alone = {name: self.member(name)(**inputs).logits for name in self._names if self._reads(name) is None}
         return {name: x.float().log_softmax(-1) for name, x in {**alone, "mixture": self(**inputs).logits}.items()}
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MixtureCache | None = None,
+        cache: MixtureCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -171,13 +187,13 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         """Combined float32 logits; `decoding` excludes what the rule's filter drops. Hidden states: the first's."""
         if input_ids is None:
             raise PalimpsestError("a mixture takes input_ids: each of its members has embeddings of its own.")
-        if past_key_values is not None and not isinstance(past_key_values, MixtureCache):
+        if cache is not None and not isinstance(cache, MixtureCache):
             raise PalimpsestError(
-                f"past_key_values is a {type(past_key_values).__name__}; a mixture keeps one cache a member. Leave it "
-                "out, or pass the one that the mixture returned."
+                f"cache is a {type(cache).__name__}; a mixture keeps one cache a member. Leave it out, or pass the one "
+                "that the mixture returned."
             )
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **more}
-        held = {} if past_key_values is None else past_key_values.members
+        held = {} if cache is None else cache.members
         first, wanted = self.get_submodule(self._names[0]), self._needed()
         read = {name: path for name in wanted if (path := self._reads(name)) is not None}
         outputs: dict[str, Any] = {}
@@ -191,22 +207,22 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
                     nested = {"decoding": decoding} if member is first and isinstance(member, type(self)) else {}
                     outputs[name] = member(
                         input_ids=input_ids,
-                        past_key_values=held.get(name),
+                        cache=held.get(name),
                         logits_to_keep=logits_to_keep,
                         **inputs,
                         **nested,
                     )
-        caches = {name: getattr(output, "past_key_values", None) for name, output in outputs.items()}
-        if past_key_values is not None:
+        caches = {name: getattr(output, "cache", None) for name, output in outputs.items()}
+        if cache is not None:
             held.update(caches)
-        elif any(cache is not None for cache in caches.values()):
-            past_key_values = MixtureCache(caches)
+        elif any(own is not None for own in caches.values()):
+            cache = MixtureCache(caches)
         logits = self._combined({name: output.logits for name, output in outputs.items()}, decoding)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **more)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=getattr(outputs[wanted[0]], "hidden_states", None),
             attentions=getattr(outputs[wanted[0]], "attentions", None),
         )
@@ -260,9 +276,9 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
     def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
         """Nothing: transformers would cut the biases of Conv1D, whose weights lie the other way round."""
 
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """The inputs of a step, which is a step of decoding. (`generate` looks for the name `kwargs`.)"""
-        inputs = GenerationMixin.prepare_inputs_for_generation(self, input_ids, **kwargs)  # type: ignore[arg-type]
+        inputs = GenerationMixin.prepare_inputs_for_generation(self, input_ids, **kwargs)
         return {**inputs, "decoding": True}
 
     def new_cache(self) -> MixtureCache:
@@ -281,8 +297,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; a mixture keeps one dynamic "
                 "cache a member. Leave it out."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
+            model_kwargs["cache"] = self.new_cache()
 
 
 def _new_cache(member: Any, reads: str | None) -> Any:

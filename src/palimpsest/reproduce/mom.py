@@ -100,7 +100,7 @@ def tried(
     model = learned(new_model(arm, task.vocabulary, seed), task, training, run.replace(seed=seed))
     recall = float(test.hits(model.network).mean())
     with torch.no_grad():
-        state = model.network(test.tokens[:1], use_cache=True).past_key_values.floats
+        state = model.network(test.tokens[:1], use_cache=True).cache.floats
     return {"recall": recall, "parameters": model.parameters, "state": state, "entropy": _entropy(model, test)}
 
 

@@ -242,7 +242,7 @@ def growth() -> Figure:
         network = new_model(arm, 64, 0).network.eval()
         for length in lengths:
             with torch.no_grad():
-                cache = network(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+                cache = network(torch.zeros(1, length, dtype=torch.long), use_cache=True).cache
             kept[name].append(cache.floats)
     return Figure(
         name="titans-state",
