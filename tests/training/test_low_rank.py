@@ -186,6 +186,19 @@ def test_eight_bits_are_within_half_a_level():
     assert torch.equal(coder.read(*coder.write(torch.zeros(300)), torch.Size([300])), torch.zeros(300))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_code_is_that_of_the_nearest_level(signed):
+    coder = Quantised(signed, torch.device("cpu"))
+    values = drawn(64, 256) * drawn(64, 256, seed=1).abs() ** 8  # down to where levels are dense
+    values = values if signed else values.abs()
+    code, scale = coder.write(values)
+    scaled = values / scale[:, None]
+    off = (coder.levels[code.int()].view_as(scaled) - scaled).abs()
+    nearest = torch.stack([(coder.levels - x[:, None]).abs().amin(1) for x in scaled])
+    assert (off > nearest + 1e-7).float().mean() < 0.01
+    assert ((off - nearest) <= 2**-10 * scaled.abs() + 2**-24).all()  # what half precision rounds, twice
+
+
 def test_updates_with_eight_bit_states_are_close():
     gradients = [drawn(96, 128, seed=seed) for seed in range(20)]
     full, whole = stepped(torch.zeros(96, 128), gradients, rank=64, gap=100)
