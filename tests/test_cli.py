@@ -307,3 +307,9 @@ def test_people_are_written_by_role(tmp_path, capsys):
     assert len(load_records(tmp_path / "people" / "retain.jsonl")) == 12
     capsys.readouterr()
     assert "already holds files" in refused(capsys, *words)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "palimpsest", "show", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nothing" in done.stderr

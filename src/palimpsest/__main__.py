@@ -1,0 +1,7 @@
+"""`python -m palimpsest` is the command `palimpsest`."""
+
+import sys
+
+from palimpsest.cli import main
+
+sys.exit(main())
