@@ -10,6 +10,7 @@ import pytest
 from conftest import build_model
 from memorised import people, probability, quiet
 from palimpsest.audit.battery import probes
+from palimpsest.comparing import publish
 from palimpsest.comparison import Task, compare
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
@@ -18,7 +19,7 @@ from palimpsest.models.model import Model
 from palimpsest.report import evidence
 from palimpsest.reproduce.harness import biographies, new_model
 from palimpsest.system import create
-from palimpsest.tasks import VALIDATION_SEED, publish, tuned
+from palimpsest.tasks import VALIDATION_SEED, tuned
 from palimpsest.train import Training
 from palimpsest.tuning import RATE, grids_of, score, to_markdown, tune
 from palimpsest.write.finetune import Finetune

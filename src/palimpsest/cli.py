@@ -338,7 +338,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], int | None]] = {
     "recall": _lazy("palimpsest.recall.command"),
     "chat": _lazy("palimpsest.recall.chat"),
     "forget": _lazy("palimpsest.forgetting"),
-    "compare": _lazy("palimpsest.tasks"),
+    "compare": _lazy("palimpsest.comparing"),
     "reproduce": _lazy("palimpsest.reproduce.runner"),
     "demo": _lazy("palimpsest.demo"),
 }

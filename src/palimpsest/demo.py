@@ -8,9 +8,10 @@ import shlex
 import time
 from pathlib import Path
 
+from palimpsest.comparing import publish
 from palimpsest.comparison import compare
 from palimpsest.run import Run, console
-from palimpsest.tasks import PEOPLE, people_task, publish, tuned
+from palimpsest.tasks import PEOPLE, people_task, tuned
 
 METHODS = ("stranger", "npo", "gradient-difference")
 """The default eraser, chosen on validation people that the demo does not use, and two published ones."""

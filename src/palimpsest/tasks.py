@@ -1,4 +1,4 @@
-"""The tasks that methods are compared on, and the command `palimpsest compare`.
+"""The tasks that methods are compared on.
 
     harness   a 0.23 M model over biographies of 48 people: minutes for all methods and seeds
     people    the embedded language model over fictitious people: the demo
@@ -10,17 +10,15 @@ were chosen on data that the tables do not use (`VALIDATION_SEED`).
 
 import dataclasses
 import functools
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palimpsest.audit.battery import probes
-from palimpsest.comparison import Task, compare
+from palimpsest.comparison import Task
 from palimpsest.data.records import Roles
-from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
-from palimpsest.run import console
 from palimpsest.system import Method, create, facts_of
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
@@ -57,20 +55,21 @@ HARNESS: Mapping[str, Mapping[str, Any]] = {
     "npo": {"training.learning_rate": 3e-3},
     "simnpo": {"training.learning_rate": 3e-3},
     "rmu": {"training.learning_rate": 1e-3},
-    "whp": {"training.learning_rate": 1e-3},
+    "whp": {"reinforce.learning_rate": 1e-3},
+    "whp-decode": {"reinforce.learning_rate": 1e-3},
     "retain-finetune": {"training.learning_rate": 3e-3},
     "stranger": {"training.learning_rate": 3e-3},
     "flat": {"training.learning_rate": 1e-3},
-    "selective-amnesia": {"training.learning_rate": 1e-3},
     "uld": {"training.learning_rate": 1e-2},
+    "selective-amnesia": {"training.learning_rate": 1e-3},
     "ssd": {"alpha": 1.5},
     "loss-curvature": {"rho": 0.8},
     "balanced-subnet": {"training.learning_rate": 0.1, "ratio": 0.05},
+    "scrub": {"training.learning_rate": 1e-3},
 }
 """The best of four values of each method's main setting by `palimpsest.tuning`, on one validation seed; `*`: others.
 
-For `iau` no value was better than doing nothing; it keeps its own. The value of `whp` was chosen while its
-reinforcement still ran at 1e-5; `scrub`, `guard` and `whp-decode` have not been tuned.
+For `iau` no value was better than doing nothing, and for `guard` all were as good: they keep their own.
 """
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "*": {
@@ -219,111 +218,3 @@ def tuned(
         own = {field.name for field in dataclasses.fields(create(name))}
         methods.append(create(name, **{key: value for key, value in wanted.items() if key.partition(".")[0] in own}))
     return methods
-
-
-def command(words: list[str]) -> None:
-    """`palimpsest compare`."""
-    import tyro
-
-    @dataclasses.dataclass(kw_only=True)
-    class Options:
-        """Methods x probes x seeds on one task: evidence.json, table.md and report.html. Resumes where it stopped."""
-
-        task: tyro.conf.Positional[str]
-        """harness, people or tofu"""
-        out: Path
-        """folder for results; cells that are already there are not computed again"""
-        methods: tuple[str, ...] = BASELINES
-        """which methods"""
-        seeds: int = 1
-        """how many seeds, from --first-seed on"""
-        first_seed: int = 0
-        """the first seed"""
-        probes: tuple[str, ...] = ()
-        """which probes; all of the standard battery by default"""
-        set: dict[str, str] = dataclasses.field(default_factory=dict)
-        """settings of all methods: --set training.learning_rate 1e-5"""
-        split: str = "forget05"
-        """TOFU split"""
-        source: Path | None = None
-        """folder with the TOFU files; without it, the hub"""
-        authors: int | None = None
-        """only this many retained TOFU authors"""
-        forget_authors: int | None = None
-        """only this many forgotten TOFU authors"""
-        measured: int | None = None
-        """measure on at most this many records of each TOFU role"""
-        max_new_tokens: int | None = None
-        """longest generated answer, tokens"""
-        default: str | None = None
-        """the method that the verdict is about"""
-        tune: bool = False
-        """instead: try four values of each method's main setting on validation data; tuning.md says which is best"""
-        quiet: bool = False
-        """no progress bars"""
-
-    options = tyro.cli(Options, args=words, prog="palimpsest compare")
-    battery = options.probes or None
-    tokens: dict[str, Any] = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
-    if options.task == "harness":
-        task, table = harness_task(battery), HARNESS
-    elif options.task == "people":
-        task, table = people_task(battery=battery, **tokens), PEOPLE
-    elif options.task == "tofu":
-        task = tofu_task(
-            options.split,
-            options.source,
-            options.authors,
-            options.forget_authors,
-            options.measured,
-            battery=battery,
-            **tokens,
-        )
-        table = EMBEDDED
-    else:
-        raise PalimpsestError(
-            f"there is no task {options.task!r}. {nearest(options.task, ('harness', 'people', 'tofu'))}"
-        )
-    from palimpsest.run import Run
-
-    wanted = {key: _value(text) for key, text in options.set.items()}
-    methods = tuned(options.methods, table, wanted)
-    if options.tune:
-        _tune(task, options.methods, {**table, "*": {**table["*"], **wanted}}, options.out, not options.quiet)
-        return
-    task = dataclasses.replace(task, command="palimpsest compare " + shlex.join(words))
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    found = compare(
-        task, methods, options.out, seeds=list(seeds), run=Run(progress=not options.quiet), default=options.default
-    )
-    publish(found, options.out)
-
-
-def _tune(task: Task, names: Sequence[str], table: Mapping[str, Any], folder: Path, progress: bool) -> None:
-    from palimpsest.report.evidence import write_atomically
-    from palimpsest.run import Run
-    from palimpsest.tuning import grids_of, to_markdown, tune
-
-    grids = grids_of(task.name)
-    found = to_markdown(tune(task, names, table, folder, Run(progress=progress), grids), grids)
-    write_atomically(folder / "tuning.md", found + "\n")
-    print(found)
-
-
-def publish(found: Any, folder: Path) -> None:
-    """Writes evidence.json, table.md and report.html, prints the table, and then the report's path."""
-    from palimpsest.report import evidence, metrics, page, table
-
-    evidence.save(found, folder / "evidence.json")
-    (folder / "table.md").write_text(table.to_markdown(table.build(found)) + "\n", encoding="utf-8")
-    console().print(table.to_rich(table.build(found, metrics.KEY), width=console().width))
-    print(page.write(found, folder / "report.html"))
-
-
-def _value(text: str) -> Any:
-    import ast
-
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from palimpsest.comparing import publish
 from palimpsest.comparison import compare
 from palimpsest.report.evidence import Evidence
 from palimpsest.reproduce.judging import above, below, row, values
 from palimpsest.reproduce.runner import Outcome, Reproduction
 from palimpsest.run import Run
-from palimpsest.tasks import BASELINES, HARNESS, harness_task, publish, tuned
+from palimpsest.tasks import BASELINES, HARNESS, harness_task, tuned
 
 COLUMNS = {
     "forget P": "probability/forget",
