@@ -136,6 +136,16 @@ def test_other_probes_are_measured_on_the_models_that_were_kept(done):
     assert [model.readings[0].probe for model in found.models] == ["exact-memorisation"] * 2
 
 
+def test_it_says_how_many_cells_are_left(tmp_path, capsys):
+    task = dataclasses.replace(TASK, learn=ONCE, probes=tuple(probes(["exact-memorisation"])))
+    compare(task, METHODS[:1], tmp_path, run=quiet(progress=True))
+    assert "before, seed 0 (1 of 3)" in capsys.readouterr().err
+    compare(task, METHODS, tmp_path, run=quiet(progress=True))
+    told = capsys.readouterr().err
+    assert f"(1 of {len(METHODS) - 1})" in told
+    assert "before" not in told
+
+
 @pytest.mark.parametrize("models", ["kept", "lost"])
 def test_an_interrupted_comparison_computes_only_what_is_missing(models, tmp_path):
     task = dataclasses.replace(TASK, learn=ONCE)

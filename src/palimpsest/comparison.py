@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def compare(
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     models: list[ModelEvidence] = []
+    clock = _Clock(sum(_Cells(task, folder, run.replace(seed=seed)).missing(methods) for seed in seeds))
     for seed in seeds:
-        models += _Cells(task, folder, run.replace(seed=seed, cache={})).of(methods)
+        models += _Cells(task, folder, run.replace(seed=seed, cache={}), clock).of(methods)
     if not keep_models:
         shutil.rmtree(folder / "models", ignore_errors=True)
     return described(
@@ -76,25 +78,44 @@ def compare(
     )
 
 
+class _Clock:
+    """Which of the cells that are to be computed comes next, and how long the rest may take."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.begun, self.start = total, 0, time.monotonic()
+
+    def next(self) -> str:
+        """`3 of 40, about 12 min left`, as the cells before it went."""
+        done, self.begun = self.begun, self.begun + 1
+        minutes = (time.monotonic() - self.start) / max(done, 1) * (self.total - done) / 60
+        return f"{self.begun} of {self.total}" + (f", about {minutes:.0f} min left" if done else "")
+
+
 class _Cells:
     """All cells of one seed. Models are made only when a cell that needs them is missing."""
 
-    def __init__(self, task: Task, folder: Path, run: Run) -> None:
-        self.task, self.folder, self.run = task, folder, run
+    def __init__(self, task: Task, folder: Path, run: Run, clock: _Clock | None = None) -> None:
+        self.task, self.folder, self.run, self.clock = task, folder, run, clock
         self.roles = task.roles(run.seed)
         self._models: dict[str, Model] = {}
 
     def of(self, methods: Sequence[Method]) -> list[ModelEvidence]:
-        learned = [self._cell("before", None), self._cell("gold", None)]
-        return learned + [self._cell("erased", method) for method in methods]
+        return [self._cell(part, method) for part, method in _wanted(methods)]
+
+    def missing(self, methods: Sequence[Method]) -> int:
+        """How many cells are to be computed."""
+        return len({path for each in _wanted(methods) if not (path := self._path(*each)).exists()})
+
+    def _path(self, part: Part, method: Method | None) -> Path:
+        return self.folder / "cells" / f"{self._key(part, method)}.json"
 
     def _cell(self, part: Part, method: Method | None) -> ModelEvidence:
-        path = self.folder / "cells" / f"{self._key(part, method)}.json"
+        path = self._path(part, method)
         if path.exists():
             return _read(path)
         name = part if method is None else slug_of(method)
-        if self.run.progress:
-            console().print(f"[bold]{name}[/bold], seed {self.run.seed}")
+        if self.run.progress and self.clock is not None:
+            console().print(f"[bold]{name}[/bold], seed {self.run.seed} ({self.clock.next()})", highlight=False)
         made = self._erased(method) if method is not None else self._learned(part)
         cell = self._measured(name, part, made)
         write_atomically(path, json.dumps(Evidence(title="", models=(cell,)).to_dict()["models"][0], allow_nan=False))
@@ -147,6 +168,10 @@ class _Cells:
             before=self._learned("before") if part == "erased" else None,
             max_new_tokens=self.task.max_new_tokens,
         )
+
+
+def _wanted(methods: Sequence[Method]) -> list[tuple[Part, Method | None]]:
+    return [("before", None), ("gold", None), *(("erased", method) for method in methods)]
 
 
 def _digest(decides: Any) -> str:
