@@ -56,6 +56,7 @@ MERGINGS = {
 }
 SUM, SUM_LINES, TIES, TIES_LINES = MERGINGS
 TABLE = ("domain", "medical", "kept")
+PLANE = ("domain", "kept")
 COLUMNS = ("domain", "second domain", "kept text", "scale")
 
 Found = dict[str, dict[str, Any]]
@@ -68,9 +69,12 @@ def tried(seed: int, folder: Path, run: Run, steps: int = STEPS) -> Found:
     medical = medical_roles(seed, steps * BATCH, 2 * MEASURED)
     start = str(reader(seed, data, folder, run))
     base = load(start, run=run)
-    measured, choosing = (
-        Losses(base, Roles(domain=data.domain[part], medical=medical.medical[part], kept=data.kept[part]), run, roles)
-        for part, roles in ((slice(MEASURED, None), TABLE), (slice(MEASURED), TABLE[:2]))
+    choice, test = (
+        Roles(domain=data.domain[part], medical=medical.medical[part], kept=data.kept[part])
+        for part in (slice(MEASURED), slice(MEASURED, None))
+    )
+    choosing, plane, measured = (
+        Losses(base, pieces, run, roles) for pieces, roles in ((choice, TABLE[:2]), (test, PLANE), (test, TABLE))
     )
     own = run.replace(seed=seed, in_place=False, folder=None)
     solver, doctor = (LEARN.apply(base, Roles(train=learned.train), own) for learned in (data, medical))
@@ -86,10 +90,10 @@ def tried(seed: int, folder: Path, run: Run, steps: int = STEPS) -> Found:
         best = min(range(len(SCALES)), key=losses.__getitem__)
         merged[title] = {"losses": measured(made[best].apply(solver, data, own)), "scale": SCALES[best]}
     front = {
-        title: [measured(LiNeS(base=start, schedule=kind, alpha=alpha).apply(solver, data, own)) for alpha in ALPHAS]  # type: ignore[arg-type]
+        title: [plane(LiNeS(base=start, schedule=kind, alpha=alpha).apply(solver, data, own)) for alpha in ALPHAS]  # type: ignore[arg-type]
         for title, kind in KINDS.items()
     }
-    return {"front": {title: [(d, kept) for d, _, kept in own] for title, own in front.items()}, "merged": merged}
+    return {"front": front, "merged": merged}
 
 
 def measure(seeds: Sequence[int], folder: Path, run: Run) -> Outcome:
