@@ -12,7 +12,7 @@ from memorised import data, quiet
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.keep.lines import LiNeS, factors, task_vector
-from palimpsest.keep.merging import Merge, common_scale, consensus_mask, ties
+from palimpsest.keep.merging import Merge, common_scale, consensus_mask, ties, trimmed
 from palimpsest.models.loading import load
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
@@ -39,6 +39,16 @@ def weights(model):
 def test_ties_matches_the_worked_example():
     """The largest three of five stay, as in the authors' code at 40 %; the first weight is merged against its sum."""
     torch.testing.assert_close(ties(TAU, 0.6), torch.tensor([-4, 1.75, 0.6, 0, 0]))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.99])
+def test_trimming_keeps_what_the_library_keeps(density):
+    from peft.utils.merge_utils import prune
+
+    vector = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(trimmed(vector, density), prune(vector, density, method="magnitude"))
+    assert not trimmed(vector, 0.0001).any()
+    assert torch.equal(trimmed(torch.tensor([1.0, -2.0, 2.0, 0.5]), 0.25), torch.tensor([0.0, -2.0, 2.0, 0.0]))
 
 
 def test_ties_of_one_whole_task_is_that_task():
