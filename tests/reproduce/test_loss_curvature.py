@@ -12,6 +12,7 @@ from conftest import build_model
 from memorised import quiet
 from palimpsest.data.records import Roles
 from palimpsest.models.anatomy import anatomy
+from palimpsest.reproduce import loss_curvature, loss_curvature_text
 from palimpsest.reproduce.harness import new_model
 from palimpsest.reproduce.loss_curvature import Control, at_matched, matched_curve, new_classifier, noisy_digits
 from palimpsest.reproduce.loss_curvature_text import LENGTH, TEXTS, Measures, texts_and_people
@@ -33,11 +34,24 @@ def test_a_curve_is_read_where_it_crosses_the_matched_share():
     assert math.isnan(at_matched([0.8, 0.4], [1.0, 0.9], 0.3))
     points = [
         {"known": np.array([0.8, 0.9]), "clean": np.array([1.0, 1.0])},
-        {"known": np.array([0.2, 0.1]), "clean": np.array([0.4, 0.2])},
-        {"known": np.array([0.4, 0.5]), "clean": np.array([0.8, 0.6])},
+        {"known": np.array([0.4, 0.0]), "clean": np.array([0.8, 0.7])},
+        {"known": np.array([0.2, 0.0]), "clean": np.array([0.4, 0.2])},
     ]
     found = matched_curve(points, ("clean",), "known", 0.3)["clean"]
-    assert found.tolist() == pytest.approx([0.6, 0.4])  # whatever the order of the points
+    assert found.tolist() == pytest.approx([0.6, 0.8])  # not with the strongest of the cuts that leave nothing
+
+
+def strength(method):
+    for kept in ("rho", "share"):
+        if hasattr(method, kept):
+            return -getattr(method, kept)
+    return getattr(method, "ratio", method.training.learning_rate)
+
+
+@pytest.mark.parametrize("curves", [loss_curvature.CURVES, loss_curvature_text.CURVES])
+def test_sweeps_go_from_the_mildest_cut_to_the_strongest(curves):
+    for curve in curves.values():
+        assert [strength(method) for method in curve] == sorted({strength(method) for method in curve})
 
 
 @pytest.mark.parametrize(("kind", "share"), [("svd", 0.25), ("random", 0.5), ("magnitude", 0.3)])

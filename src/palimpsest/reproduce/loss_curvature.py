@@ -45,12 +45,13 @@ LEARNING = Finetune(
         learning_rate=3e-3, epochs=19, batch_size=128, weight_decay=0.1, warmup_epochs=1.0, micro_tokens=4096
     )
 )
-RHO = (0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+RHO = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7)
 SHARES = {
-    "svd": (0.2, 0.3, 0.4, 0.5),
-    "random": (0.6, 0.7, 0.8, 0.9),
-    "magnitude": (0.2, 0.25, 0.3, 0.4),
+    "svd": (0.5, 0.4, 0.3, 0.2),
+    "random": (0.9, 0.8, 0.7, 0.6),
+    "magnitude": (0.4, 0.3, 0.25, 0.2),
 }
+"""Every sweep goes from the mildest cut to the strongest."""
 ASCENT = (2e-4, 4e-4, 6e-4, 8e-4)
 RATIOS, RETAIN_WEIGHT = (0.015, 0.03, 0.05, 0.15), 0.7
 
@@ -213,12 +214,14 @@ def at_matched(memorised: Sequence[float], value: Sequence[float], matched: floa
 def matched_curve(
     points: Sequence[Mapping[str, Seeds]], columns: Sequence[str], by: str, matched: float = MATCHED
 ) -> dict[str, Seeds]:
-    """Every column of one curve where `by` has fallen to the share at which all are compared, a number a seed."""
+    """Every column of one curve where `by` has fallen to the share at which all are compared, a number a seed.
+
+    Points are the model before, then its cuts from the mildest to the strongest: several may leave nothing of `by`.
+    """
     found: dict[str, list[float]] = {column: [] for column in columns}
     for seed in range(len(points[0][by])):
-        order = sorted(points, key=lambda point: -point[by][seed])
         for column, x in found.items():
-            x.append(at_matched([p[by][seed] for p in order], [p[column][seed] for p in order], matched))
+            x.append(at_matched([p[by][seed] for p in points], [p[column][seed] for p in points], matched))
     return {column: np.array(x) for column, x in found.items()}
 
 

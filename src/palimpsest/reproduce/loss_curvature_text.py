@@ -35,11 +35,11 @@ TEXTS, LENGTH, PREFIX, SUFFIX = 60, 40, 12, 24
 MATCHED = 0.3
 """The share of texts still recited at which the cuts are compared."""
 GATE_AND_UP = ("mlp_gate", "mlp_up")
-RHO = {"both": (0.9, 0.95, 0.97, 0.98, 0.99), "inputs": (0.85, 0.9, 0.93, 0.95, 0.97)}
+RHO = {"both": (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9), "inputs": (0.97, 0.95, 0.93, 0.9, 0.85)}
 SHARES = {
-    "svd": (0.3, 0.35, 0.4, 0.45, 0.5),
-    "random": (0.65, 0.7, 0.75, 0.8, 0.85),
-    "magnitude": (0.2, 0.25, 0.3, 0.4),
+    "svd": (0.5, 0.45, 0.4, 0.35, 0.3),
+    "random": (0.85, 0.8, 0.75, 0.7, 0.65),
+    "magnitude": (0.4, 0.3, 0.25, 0.2),
 }
 ASCENT = (3e-4, 3.5e-4, 4e-4, 5e-4)
 VALUES = {value for values in ATTRIBUTES.values() for value in values}
