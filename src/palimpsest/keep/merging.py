@@ -139,9 +139,9 @@ class Merge(Method):
     def _report(self, flat: Float[Tensor, "tasks weights"], alpha: float, run: Run) -> None:
         if len(flat) < 2:
             return
-        unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        cosines = unit @ unit.mT
-        opposed = (flat.sign().amax(0) - flat.sign().amin(0) == 2).float().mean()
+        size = flat.norm(dim=1).clamp_min(1e-30)
+        cosines = flat @ flat.mT / torch.outer(size, size)
+        opposed = ((flat.amax(0) > 0) & (flat.amin(0) < 0)).float().mean()
         run.note(cosines=cosines, sign_conflicts=float(opposed), **({"alpha": alpha} if self.layer_scaling else {}))
         if float((cosines - torch.eye(len(flat))).max()) > ALIKE:
             run.warn(
