@@ -126,8 +126,8 @@ def page(slug: str, facts: Facts) -> str:
 
 
 def _moved(told: str) -> str:
-    """A page of results with the pictures beside it, as seen from the pages of systems."""
-    return re.sub(r"(!\[[^]]*\]\()(?=[\w-]+\.svg\))", r"\1../results/reproduce/", told)
+    """A page of results with the pictures and pages beside it, as seen from the pages of systems."""
+    return re.sub(r"(\]\()(?=[\w-]+\.(?:svg|md)\))", r"\1../results/reproduce/", told)
 
 
 def facts_rows(slug: str, facts: Facts) -> Iterator[tuple[str, str]]:

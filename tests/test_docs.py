@@ -60,11 +60,12 @@ def test_a_reproduction_is_shown_where_there_is_one(monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "DOCS", tmp_path)
     (tmp_path / "results" / "reproduce").mkdir(parents=True)
     (tmp_path / "results" / "reproduce" / "npo.md").write_text(
-        "**Claim.** It holds.\n\n![a against b](npo.svg)\n", encoding="utf-8"
+        "**Claim.** It holds.\n\n![a against b](npo.svg)\n\n[Another](flat.md).\n", encoding="utf-8"
     )
     assert "**Claim.** It holds." in generate.pages()["npo"]
     assert generate.results() == ["results/reproduce/npo.md"]
     assert "![a against b](../results/reproduce/npo.svg)" in generate.pages()["npo"]
+    assert "[Another](../results/reproduce/flat.md)" in generate.pages()["npo"]
 
 
 def test_prose_keeps_tables_and_takes_nothing_for_markup():
