@@ -47,7 +47,7 @@ EMBEDDED_GRIDS: Grids = {
     "whp-decode": ("reinforce.learning_rate", (1e-4, 3e-4)),
     "guard": ("decoding.threshold", (0.2, 0.5)),
 }
-"""The same for the embedded language model. SSD wrecks it up to alpha 2 and changes nothing from |D| / |F| on, 2.7."""
+"""The same for the embedded language model. SSD changes nothing from alpha = |D| / |F| on, here 2.7."""
 
 
 def grids_of(task: str) -> Grids:
