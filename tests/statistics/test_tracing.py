@@ -10,7 +10,7 @@ from memorised import data, people, quiet, reciting
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.hooks import no_hooks_left
-from palimpsest.statistics.tracing import PLACES, Trace, default_window, fact_of, find_spans, trace
+from palimpsest.statistics.tracing import PLACES, SUBJECT, Trace, default_window, fact_of, find_spans, trace
 
 KINDS = ("residual", "mlp", "attention")
 
@@ -80,6 +80,22 @@ def test_the_same_seed_gives_the_same_effects_and_chunks_do_not_matter(monkeypat
     monkeypatch.setattr("palimpsest.statistics.tracing.ROW_TOKENS", 1)
     again = trace(reciting(), facts()[:2], quiet(), samples=3)
     torch.testing.assert_close(again.effects, once.effects, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_tracing_the_subject_alone_leaves_its_effects_and_the_layers_as_they_were():
+    whole = trace(reciting(), facts(), quiet(), samples=3)
+    subject = trace(reciting(), facts(), quiet(), samples=3, places=SUBJECT)
+    rows = [PLACES.index(place) for place in SUBJECT]
+    torch.testing.assert_close(subject.effects[rows], whole.effects[rows], rtol=0, atol=1e-6, equal_nan=True)
+    assert subject.layers() == whole.layers()
+    assert torch.isnan(subject.effects[[0, 4, 5]]).all()
+
+
+def test_nothing_can_come_back_before_the_first_subject_token():
+    fact = fact_of(reciting(), facts()[0])
+    cut = dataclasses.replace(fact, spans=fact.spans[1:])
+    found = trace(reciting(), [cut], quiet(), samples=2)
+    assert float(found.effects[PLACES.index("before")].abs().max()) == 0.0
 
 
 def test_the_layers_are_the_best_third_at_the_subject():

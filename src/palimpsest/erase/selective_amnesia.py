@@ -34,7 +34,7 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.statistics.tracing import NothingToTraceError, third, trace
+from palimpsest.statistics.tracing import SUBJECT, NothingToTraceError, third, trace
 from palimpsest.system import Method, setting, system
 from palimpsest.train import Batch, Training, schedule, train
 
@@ -143,7 +143,7 @@ class SelectiveAmnesia(Method):
     def _traced(self, model: Model, facts: list[Record], run: Run) -> tuple[int, ...]:
         """The layers where the facts are recalled; the first third, as in the paper, where the model knows none."""
         try:
-            found = trace(model, facts, run)
+            found = trace(model, facts, run, places=SUBJECT)
         except NothingToTraceError as error:
             layers = tuple(range(third(len(anatomy(model.network).blocks()))))
             run.warn(f"selective-amnesia: {error} The first third of the layers is trained.")

@@ -2,10 +2,10 @@
 
 Small models of two blocks without channel mixer learn to recall: pairs of keys and values, then each key again. All
 have the same width and the linear rule. The controls: one memory whose value width is that of all memories that a
-token touches, one that is wide enough to have as many parameters, memories behind a router that never learns, memories
-that share one key and value projection, and memories without the shared one. The learning rate is that of the
-specification's trial; the scale of the first weights was chosen on seed 1000 for the model with one memory, which
-recalls little otherwise.
+token touches, one that is wide enough to have as many parameters, memories behind a router that never learns or that goes by
+position, without the balance term, with one key and value projection for all, or without the shared one; and softmax
+attention. The learning rate is that of the specification's trial; the scale of the first weights was chosen on seed
+1000 for the model with one memory, which recalls little otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from palimpsest.data.recall_tasks import RecallTask, multi_query_recall
 from palimpsest.models.memory_lm import MemoryForCausalLM, MemoryLMConfig
@@ -44,11 +46,29 @@ MIXED: dict[str, Any] = {"memories": 4, "top_k": 2, "shared": True}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A memory: settings of the mixer, the width of the model, and whether every number of pairs is tried."""
+    """A token mixer with its settings, the width of the model, and whether every number of pairs is tried."""
 
     settings: dict[str, Any]
+    mixer: str = "mom"
     width: int = WIDTH
+    balance: float = 0.01
+    by_position: bool = False
     main: bool = False
+
+
+class ByPosition(nn.Module):
+    """In place of a router: token t goes to memories t and t + 1 modulo their number; a value meets its key."""
+
+    def __init__(self, memories: int) -> None:
+        super().__init__()
+        self.memories = memories
+
+    def forward(self, hidden: Float[Tensor, "b t w"]) -> Float[Tensor, "b t m"]:
+        """Logits: 0 for the two memories of each place, minus infinity for all others."""
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        goes = (torch.arange(self.memories, device=hidden.device) - places[:, None]) % self.memories < 2
+        logits = hidden.new_zeros(goes.shape).masked_fill(~goes, float("-inf"))
+        return logits.expand(len(hidden), *goes.shape)
 
 
 ARMS = {
@@ -57,22 +77,26 @@ ARMS = {
     "one memory, as many parameters": Arm(SINGLE, width=26),
     "mixture, 2 of 4 and a shared one": Arm(MIXED, main=True),
     "mixture, router never learns": Arm(MIXED | {"learned_router": False}),
+    "mixture, routed by position": Arm(MIXED, by_position=True),
+    "mixture, no balance term": Arm(MIXED, balance=0.0),
     "mixture, one projection for all": Arm(MIXED | {"single_kv": True}),
     "mixture, no shared memory": Arm(MIXED | {"shared": False}),
+    "softmax attention": Arm({}, mixer="attention"),
 }
 ONE, WIDE, LARGE, MIXTURE, FROZEN = list(ARMS)[:5]
 
 
 def new_model(arm: Arm, vocabulary: int, seed: int) -> Model:
-    """Two blocks of the arm's memory, one head, no channel mixer."""
+    """Two blocks of the arm's mixer, one head, no channel mixer."""
+    common = {"rule": "linear", "convolution": 2} if arm.mixer == "mom" else {}
     config = MemoryLMConfig(
         vocab_size=vocabulary,
         hidden_size=arm.width,
         num_hidden_layers=2,
         num_attention_heads=1,
-        mixer="mom",
-        mixer_settings={"rule": "linear", "convolution": 2, **arm.settings},
-        penalty_weight=0.01,
+        mixer=arm.mixer,
+        mixer_settings={**common, **arm.settings},
+        penalty_weight=arm.balance,
         channel="none",
         initializer_range=0.25,
         eos_token_id=0,
@@ -80,7 +104,11 @@ def new_model(arm: Arm, vocabulary: int, seed: int) -> Model:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(MemoryForCausalLM(config), word_tokenizer([]))
+        network = MemoryForCausalLM(config)
+    if arm.by_position:
+        for block in network.layers:
+            block.mixer.router = ByPosition(block.mixer.memories)
+    return Model(network, word_tokenizer([]))
 
 
 def learned(model: Model, task: RecallTask, training: Training, run: Run) -> Model:
@@ -110,7 +138,7 @@ def _entropy(model: Model, task: RecallTask) -> float:
         model.network(task.tokens)
     found = []
     for block in model.network.layers:
-        if block.mixer.trace is None:
+        if getattr(block.mixer, "trace", None) is None:
             return 1.0
         chosen = block.mixer.trace.topk(block.mixer.top_k).indices
         share = torch.bincount(chosen.flatten(), minlength=block.mixer.memories) / chosen.numel()

@@ -43,6 +43,8 @@ Kind = Literal["residual", "mlp", "attention"]
 
 PLACES = ("before", "first subject token", "middle subject tokens", "last subject token", "between", "last token")
 """Rows of the effects: tokens by their place relative to the subject's last occurrence."""
+SUBJECT = PLACES[1:4]
+"""The subject's own rows, which are all that `Trace.layers` looks at."""
 ROW_TOKENS = 8192
 """Tokens computed at once."""
 
@@ -73,7 +75,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Average indirect effects, rows as `PLACES` (NaN where no fact has such a token), and probabilities a fact."""
+    """Average indirect effects, rows as `PLACES` (NaN where no token was traced), and probabilities a fact."""
 
     kind: Kind
     effects: Float[Tensor, "places layers"]
@@ -115,11 +117,13 @@ def trace(
     noise: float = 3.0,
     samples: int = 10,
     window: int | None = None,
+    places: Sequence[str] = PLACES,
 ) -> Trace:
-    """The effects of putting back the outputs of blocks, MLPs or attentions, at every token and layer.
+    """The effects of putting back the outputs of blocks, MLPs or attentions, at every layer and token of `places`.
 
     `window` layers around each are put back together (one for `residual`); 0 means one. Facts whose answer token the
     model does not predict are skipped and counted. Raises where a subject is not in its sentence, or no fact is left.
+    Every token costs a forward pass of the sentence for each layer and sample.
     """
     network = model.network.eval()
     modules = _modules(network, kind)
@@ -136,9 +140,10 @@ def trace(
     clean, corrupted = [], []
     for fact in run.track(known, "tracing"):
         tracer = _Tracer(network, modules, fact, level, samples, width, run, model.device)
-        effect = tracer.effects()
-        effects.index_add_(0, fact.places(), effect)
-        counts.index_add_(0, fact.places(), torch.ones(len(fact.tokens), 1, dtype=torch.float64))
+        rows = fact.places()
+        traced = torch.isin(rows, torch.tensor([PLACES.index(place) for place in places])).nonzero()[:, 0]
+        effects.index_add_(0, rows[traced], tracer.effects(traced))
+        counts.index_add_(0, rows[traced], torch.ones(len(traced), 1, dtype=torch.float64))
         clean.append(tracer.p_clean)
         corrupted.append(tracer.p_corrupted)
     return Trace(
@@ -172,14 +177,17 @@ class _Tracer:
         self.noise = level * drawn.to(device)
         self.p_clean = self.p_corrupted = math.nan
 
-    def effects(self) -> Float[Tensor, "tokens layers"]:
-        """IE(t, l)."""
-        layers, length = len(self.modules), len(self.fact.tokens)
-        cells = torch.cartesian_prod(torch.arange(length), torch.arange(layers))
+    def effects(self, tokens: Int[Tensor, " traced"]) -> Float[Tensor, "traced layers"]:
+        """IE(t, l) of these tokens; 0 before the first subject token, where no state was ever changed."""
+        layers, changed = len(self.modules), tokens >= self.fact.spans[0][0]
+        cells = torch.cartesian_prod(tokens[changed], torch.arange(layers))
         self.p_clean, self.p_corrupted = self._run(cells[:0])[0].tolist()
-        at_once = max(1, ROW_TOKENS // (length * self.samples))
-        restored = torch.cat([self._run(part)[1] for part in cells.split(at_once)])
-        return (restored.double() - self.p_corrupted).view(length, layers)
+        effect = torch.zeros(len(tokens), layers, dtype=torch.float64)
+        if len(cells):
+            at_once = max(1, ROW_TOKENS // (len(self.fact.tokens) * self.samples))
+            restored = torch.cat([self._run(part)[1] for part in cells.split(at_once)])
+            effect[changed] = (restored.double() - self.p_corrupted).view(-1, layers)
+        return effect
 
     def _run(self, cells: Int[Tensor, "cells 2"]) -> tuple[Tensor, Float[Tensor, " cells"]]:
         """p of the clean and, without cells, of the corrupted rows; and the mean p of every cell."""
