@@ -11,8 +11,8 @@ import pytest
 from memorised import quiet
 from palimpsest.data.records import Roles
 from palimpsest.models.loading import load
-from palimpsest.reproduce import domains
-from palimpsest.reproduce.adept import ALL, MOST, arms, judge
+from palimpsest.reproduce import adept, domains
+from palimpsest.reproduce.adept import ADEPT, ALL, ARMS, EVEN, LEAST, MOST, RATES, best_rates, judge
 from palimpsest.reproduce.domains import at_equal_domain_loss, domain_roles, reader
 
 pytestmark = pytest.mark.usefixtures("texts")
@@ -45,12 +45,30 @@ def test_curves_are_compared_where_the_domain_is_learned_equally_well():
     assert np.isnan(at_equal_domain_loss(curve, 0.5))
 
 
+def test_each_way_to_train_takes_the_rate_with_the_lowest_sum_of_both_losses(tmp_path, monkeypatch):
+    def tried(method, seed, folder, run, steps):
+        rate = method.training.learning_rate
+        assert seed == adept.RATE_SEED
+        return {"curve": [[3.0, 2.0], [2.0, 2.0 + abs(rate - 3e-4) * 100]]}
+
+    monkeypatch.setattr(adept, "tried", tried)
+    assert best_rates(tmp_path, quiet()) == dict.fromkeys(RATES, 3e-4) | {"all weights": 1e-4}
+
+
+def test_the_arms_are_what_they_are_named_for():
+    made = {name: arm.method(1e-4) for name, arm in ARMS.items()}
+    assert (made[EVEN].choice, made[LEAST].choice, made[MOST].choice) == ("uniform", "least", "most")
+    assert (made[LEAST].unit_rates, made[ADEPT].unit_rates) == (False, True)
+    assert {method.training.learning_rate for method in made.values()} == {1e-4}
+
+
 def test_the_verdict_follows_from_the_curves():
-    kept = dict(zip(arms(), (2.6, 2.4, 2.2, 2.1, 2.5), strict=True))
+    kept = dict.fromkeys(ARMS, 2.5) | {ALL: 2.6, EVEN: 2.4, LEAST: 2.2, ADEPT: 2.1}
     curves = {name: [np.array([[3.0, 2.0], [1.5, end]])] * 2 for name, end in kept.items()}
     notes = {"seconds": 1.0, "notes": {"layer_importance": [5.0, 0.1, 0.1, 0.2]}}
     found = {name: [notes, notes] for name in curves}
-    assert judge(curves, found).verdict == "holds"
-    assert json.dumps(dataclasses.asdict(judge(curves, found)))
+    rates = dict.fromkeys(RATES, 3e-4)
+    assert judge(curves, found, rates).verdict == "holds"
+    assert json.dumps(dataclasses.asdict(judge(curves, found, rates)))
     curves[ALL], curves[MOST] = curves[MOST], [np.array([[3.0, 2.0], [1.5, 2.1]])] * 2
-    assert judge(curves, found).verdict == "does not hold"
+    assert judge(curves, found, rates).verdict == "does not hold"

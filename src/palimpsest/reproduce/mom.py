@@ -2,7 +2,7 @@
 
 Small models of two blocks without channel mixer learn to recall: pairs of keys and values, then each key again. All
 have the same width and the linear rule. The controls: one memory whose value width is that of all memories that a
-token touches, one that is wide enough to have as many parameters, memories behind a router that never learns or that goes by
+token touches, one in a model that has as many parameters, memories behind a router that never learns or that goes by
 position, without the balance term, with one key and value projection for all, or without the shared one; and softmax
 attention. The learning rate is that of the specification's trial; the scale of the first weights was chosen on seed
 1000 for the model with one memory, which recalls little otherwise.
@@ -107,7 +107,8 @@ def new_model(arm: Arm, vocabulary: int, seed: int) -> Model:
         network = MemoryForCausalLM(config)
     if arm.by_position:
         for block in network.layers:
-            block.mixer.router = ByPosition(block.mixer.memories)
+            mixer: Any = block.mixer
+            mixer.router = ByPosition(mixer.memories)
     return Model(network, word_tokenizer([]))
 
 
