@@ -97,7 +97,9 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "undial": {"training.learning_rate": 3e-5},
     "flat": {"training.learning_rate": 3e-5},
     "uld": {"training.learning_rate": 1e-3},
+    "iau": {"learning_rate": 1e-4},
     "balanced-subnet": {"training.learning_rate": 0.1},
+    "scrub": {"training.learning_rate": 1e-4},
 }
 """The better of two or three values of each method's main setting on people of a validation seed; `*`: the others."""
 PEOPLE: Mapping[str, Mapping[str, Any]] = {
