@@ -82,6 +82,14 @@ def test_the_same_seed_gives_the_same_effects_and_chunks_do_not_matter(monkeypat
     torch.testing.assert_close(again.effects, once.effects, rtol=0, atol=1e-6, equal_nan=True)
 
 
+def test_what_stands_before_a_token_is_computed_once_and_changes_nothing(causal_lm, monkeypatch):
+    facts = list(own_facts(causal_lm))
+    once = trace(causal_lm, facts, quiet(), samples=3)
+    monkeypatch.setattr("palimpsest.statistics.tracing.keeps_cache", lambda network: False)
+    whole = trace(causal_lm, facts, quiet(), samples=3)
+    torch.testing.assert_close(once.effects, whole.effects, rtol=0, atol=1e-6, equal_nan=True)
+
+
 def test_tracing_the_subject_alone_leaves_its_effects_and_the_layers_as_they_were():
     whole = trace(reciting(), facts(), quiet(), samples=3)
     subject = trace(reciting(), facts(), quiet(), samples=3, places=SUBJECT)

@@ -78,7 +78,7 @@ class SelectiveAmnesia(Method):
         default="auto", origin="ours; paper: 0 to 5 of 16 and of 32", help="layers to train; auto: chosen by tracing"
     )
     module: Literal["mlp", "attention", "both"] = setting(default="mlp", origin="paper", help="what is trained there")
-    traced: int = setting(default=20, at_least=1, origin="ours", help="most forget facts that are traced")
+    traced: int = setting(default=10, at_least=1, origin="ours", help="most forget facts that are traced")
     adaptive: bool = setting(default=True, origin="paper", help="whether the retain weight adapts, else it is `least`")
     scale: float = setting(default=0.3, at_least=0, origin="paper", help="a")
     base: float = setting(default=6.0, above=0, origin="paper", help="b")

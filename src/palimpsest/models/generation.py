@@ -89,10 +89,15 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= 8 else 0
 
 
+def keeps_cache(network: Any) -> bool:
+    """Whether the network's cache can be cut loose from one call and given to the next."""
+    shares = getattr(network, "keeps_own_cache", False)
+    return bool(shares or getattr(network, "_supports_default_dynamic_cache", lambda: True)())
+
+
 def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.device) -> Any:
     """The network's key-value cache after the beginning, for a batch; None where there is nothing to share."""
-    shares = getattr(network, "keeps_own_cache", False)
-    if not beginning or not (shares or getattr(network, "_supports_default_dynamic_cache", lambda: True)()):
+    if not beginning or not keeps_cache(network):
         return None
     ids = torch.tensor([list(beginning)], device=device)
     cache = network(input_ids=ids, use_cache=True).cache  # the network knows what kind of cache it keeps

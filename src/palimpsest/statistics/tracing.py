@@ -16,6 +16,7 @@ subject are corrupted.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
+from palimpsest.models.generation import keeps_cache
 from palimpsest.models.hooks import Call, watch
 from palimpsest.models.model import Model
 from palimpsest.run import Run
+from palimpsest.training.precision import precision_of
 
 
 class NothingToTraceError(PalimpsestError):
@@ -123,7 +126,7 @@ def trace(
 
     `window` layers around each are put back together (one for `residual`); 0 means one. Facts whose answer token the
     model does not predict are skipped and counted. Raises where a subject is not in its sentence, or no fact is left.
-    Every token costs a forward pass of the sentence for each layer and sample.
+    Every token costs a forward pass over the rest of the sentence for each layer and sample, in the run's precision.
     """
     network = model.network.eval()
     modules = _modules(network, kind)
@@ -138,11 +141,13 @@ def trace(
     effects = torch.zeros(len(PLACES), len(modules), dtype=torch.float64)
     counts = torch.zeros(len(PLACES), 1, dtype=torch.float64)
     clean, corrupted = [], []
+    half = precision_of(run, network) == "bfloat16"
     for fact in run.track(known, "tracing"):
         tracer = _Tracer(network, modules, fact, level, samples, width, run, model.device)
         rows = fact.places()
         traced = torch.isin(rows, torch.tensor([PLACES.index(place) for place in places])).nonzero()[:, 0]
-        effects.index_add_(0, rows[traced], tracer.effects(traced))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            effects.index_add_(0, rows[traced], tracer.effects(traced))
         counts.index_add_(0, rows[traced], torch.ones(len(traced), 1, dtype=torch.float64))
         clean.append(tracer.p_clean)
         corrupted.append(tracer.p_corrupted)
@@ -156,7 +161,10 @@ def trace(
 
 
 class _Tracer:
-    """All traces of one fact: row 0 is clean, every cell (token, layer) has `samples` corrupted rows."""
+    """All traces of one fact: row 0 is clean, every cell (token, layer) has `samples` corrupted rows.
+
+    What stands before a token is the same in all of its cells, so it is computed once and kept as the network's cache.
+    """
 
     def __init__(
         self,
@@ -178,49 +186,69 @@ class _Tracer:
         self.p_clean = self.p_corrupted = math.nan
 
     def effects(self, tokens: Int[Tensor, " traced"]) -> Float[Tensor, "traced layers"]:
-        """IE(t, l) of these tokens; 0 before the first subject token, where no state was ever changed."""
-        layers, changed = len(self.modules), tokens >= self.fact.spans[0][0]
-        cells = torch.cartesian_prod(tokens[changed], torch.arange(layers))
-        self.p_clean, self.p_corrupted = self._run(cells[:0])[0].tolist()
+        """IE(t, l) of these tokens, in their order; 0 before the first subject token, where nothing was changed."""
+        layers, length = len(self.modules), len(self.fact.tokens)
+        p, _ = self._run(torch.empty(0, dtype=torch.long), 0, length, None)
+        self.p_clean, self.p_corrupted = float(p[0]), float(p[1:].mean())
         effect = torch.zeros(len(tokens), layers, dtype=torch.float64)
-        if len(cells):
-            at_once = max(1, ROW_TOKENS // (len(self.fact.tokens) * self.samples))
-            restored = torch.cat([self._run(part)[1] for part in cells.split(at_once)])
-            effect[changed] = (restored.double() - self.p_corrupted).view(-1, layers)
+        past, start = None, 0
+        for row, token in enumerate(tokens.tolist()):
+            if token < self.fact.spans[0][0]:
+                continue
+            if token > start and keeps_cache(self.network):
+                _, past = self._run(torch.empty(0, dtype=torch.long), start, token, past)
+                start = token
+            at_once = max(1, ROW_TOKENS // ((length - start) * self.samples))
+            for part in torch.arange(layers).split(at_once):
+                p, _ = self._run(part, start, length, self._repeated(past, len(part)), token)
+                effect[row, part] = p[1:].view(len(part), -1).double().mean(1) - self.p_corrupted
         return effect
 
-    def _run(self, cells: Int[Tensor, "cells 2"]) -> tuple[Tensor, Float[Tensor, " cells"]]:
-        """p of the clean and, without cells, of the corrupted rows; and the mean p of every cell."""
-        groups = max(1, len(cells))
-        ids = torch.tensor([self.fact.tokens], device=self.device).expand(1 + groups * self.samples, -1)
+    def _repeated(self, past: Any, groups: int) -> Any:
+        """The cache of the clean row and of the corrupted rows, these once a group."""
+        if past is None:
+            return None
+        corrupted = torch.arange(1, 1 + self.samples, device=self.device).repeat(groups)
+        past = copy.deepcopy(past)
+        past.batch_select_indices(torch.cat([corrupted.new_zeros(1), corrupted]))
+        return past
+
+    def _run(
+        self, layers: Int[Tensor, " groups"], start: int, end: int, past: Any, token: int = 0
+    ) -> tuple[Float[Tensor, " rows"], Any]:
+        """p of the clean row and of the corrupted ones, and the cache; tokens before `start` are in `past`.
+
+        Every group of corrupted rows has its own layer, around which the states of `token` are put back.
+        """
+        groups = max(1, len(layers))
+        ids = torch.tensor([self.fact.tokens[start:end]], device=self.device).expand(1 + groups * self.samples, -1)
 
         def forward(call: Call, output: Any) -> Any:
             if call.key == "embedding":
-                return self._corrupted(output, groups)
-            return self._restored(call.key, output, cells)
+                return self._corrupted(output, groups, start, end)
+            return self._restored(call.key, output, layers, token - start)
 
         embedding = self.network.get_input_embeddings()
         with watch({"embedding": embedding, **self.modules}, forward=forward):
-            logits = self.network(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        p = logits.softmax(-1)[:, self.fact.answer]
-        mean = p[1:].view(groups, self.samples).mean(1)
-        return torch.stack([p[0], mean[0]]), mean
+            out = self.network(input_ids=ids, cache=past, use_cache=end < len(self.fact.tokens), logits_to_keep=1)
+        return out.logits[:, -1].float().softmax(-1)[:, self.fact.answer], out.get("cache")
 
-    def _corrupted(self, states: Tensor, groups: int) -> Tensor:
+    def _corrupted(self, states: Tensor, groups: int, start: int, end: int) -> Tensor:
+        subject = torch.tensor(self.fact.subject)
+        here = (subject >= start) & (subject < end)
         changed = states.clone()
-        changed[1:, self.fact.subject] += self.noise.repeat(groups, 1, 1).to(states.dtype)
+        changed[1:, subject[here] - start] += self.noise[:, here].repeat(groups, 1, 1).to(states.dtype)
         return changed
 
-    def _restored(self, name: str, output: Any, cells: Int[Tensor, "cells 2"]) -> Any:
+    def _restored(self, name: str, output: Any, layers: Int[Tensor, " groups"], token: int) -> Any:
         states = output if isinstance(output, Tensor) else output[0]
-        distance = self.names[name] - cells[:, 1]
+        distance = self.names[name] - layers
         inside = (distance >= -(self.width // 2)) & (distance < self.width - self.width // 2)
         if not bool(inside.any()):
             return None
         rows = 1 + (inside.nonzero() * self.samples + torch.arange(self.samples)).flatten()
-        tokens = cells[inside, 0].repeat_interleave(self.samples)
         changed = states.clone()
-        changed[rows, tokens] = states[0, tokens]
+        changed[rows, token] = states[0, token]
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
 
