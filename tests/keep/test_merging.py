@@ -12,7 +12,7 @@ from memorised import data, quiet
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.keep.lines import LiNeS, factors, task_vector
-from palimpsest.keep.merging import Merge, common_scale, consensus_mask, ties, trimmed
+from palimpsest.keep.merging import Merge, _Measured, consensus_mask, smallest_kept, ties
 from palimpsest.models.loading import load
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
@@ -32,13 +32,18 @@ def family(tmp_path_factory):
     return start, first, second, str(second.save_pretrained(folder / "second"))
 
 
+def merged_by_ties(vectors, density):
+    """TIES of vectors that are a whole model each."""
+    return ties(vectors, torch.tensor([smallest_kept([vector], density) for vector in vectors]))
+
+
 def weights(model):
     return dict(model.network.named_parameters())
 
 
 def test_ties_matches_the_worked_example():
     """The largest three of five stay, as in the authors' code at 40 %; the first weight is merged against its sum."""
-    torch.testing.assert_close(ties(TAU, 0.6), torch.tensor([-4, 1.75, 0.6, 0, 0]))
+    torch.testing.assert_close(merged_by_ties(TAU, 0.6), torch.tensor([-4, 1.75, 0.6, 0, 0]))
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.99])
@@ -46,25 +51,29 @@ def test_trimming_keeps_what_the_library_keeps(density):
     from peft.utils.merge_utils import prune
 
     vector = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(trimmed(vector, density), prune(vector, density, method="magnitude"))
-    assert not trimmed(vector, 0.0001).any()
-    assert torch.equal(trimmed(torch.tensor([1.0, -2.0, 2.0, 0.5]), 0.25), torch.tensor([0.0, -2.0, 2.0, 0.0]))
+    least = smallest_kept(vector.split(300), density)
+    assert torch.equal(vector * (vector.abs() >= least), prune(vector, density, method="magnitude"))
+    assert smallest_kept([vector], 0.0001) == float("inf")
+    assert smallest_kept([torch.tensor([1.0, -2.0]), torch.tensor([[2.0], [0.5]])], 0.25) == 2.0
 
 
 def test_ties_of_one_whole_task_is_that_task():
-    assert torch.equal(ties(TAU[:1], 1.0), TAU[0])
+    assert torch.equal(ties(TAU[:1]), TAU[0])
 
 
 def test_the_order_of_tasks_does_not_matter():
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(ties(TAU, 0.6), ties(TAU[order], 0.6))
+    assert torch.equal(merged_by_ties(TAU, 0.6), merged_by_ties(TAU[order], 0.6))
     total = TAU.sum(0)
     assert torch.equal(consensus_mask(TAU, total, 0.4), consensus_mask(TAU[order], total, 0.4))
 
 
 def test_the_first_factor_follows_from_how_much_the_rule_took_away():
-    assert common_scale(TAU, ties(TAU, 0.6)) == pytest.approx(4.45 / 6.35 / 3, abs=1e-6)
-    assert common_scale(TAU, TAU.sum(0)) == pytest.approx(1 / 3)
+    for merged, expected in ((merged_by_ties(TAU, 0.6), 4.45 / 6.35 / 3), (TAU.sum(0), 1 / 3)):
+        found = _Measured(3)
+        for part, of in zip(TAU.split(2, 1), merged.split(2), strict=True):
+            found.add(part, of)
+        assert found.common_scale == pytest.approx(expected, abs=1e-6)
 
 
 def test_consensus_matches_the_worked_example():
@@ -109,7 +118,7 @@ def test_ties_and_consensus_work_on_the_whole_model_at_once(family):
         merged = Merge(models=(saved,), rule=rule, scale=1.0).apply(first, Roles(), quiet())
         added = torch.cat([v.flatten() for v in task_vector(start.network, merged.network).values()])
         total = flat.sum(0)
-        expected = ties(flat, 0.2) if rule == "ties" else total * consensus_mask(flat, total, 0.4)
+        expected = merged_by_ties(flat, 0.2) if rule == "ties" else total * consensus_mask(flat, total, 0.4)
         torch.testing.assert_close(added, expected, rtol=0, atol=1e-6)
 
 

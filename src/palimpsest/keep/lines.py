@@ -19,7 +19,7 @@ Differs: blocks come from the anatomy of the network; the code takes the first n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,28 +59,54 @@ def factors(network: nn.Module, alpha: float, beta: float, reverse: bool = False
     return {name: inside.get(name, alpha) for name, _ in network.named_parameters()}
 
 
-def task_vector(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
-    """tau by name, in float32, tied weights once; raises where the two are not of one architecture."""
-    start, end = dict(base.named_parameters()), dict(tuned.named_parameters())
-    for names, other, whose in ((start, end, "base"), (end, start, "model")):
-        if lost := [name for name in names if name not in other]:
-            raise PalimpsestError(f"only the {whose} has the weight {lost[0]}: the two have different architectures.")
-    found = {}
-    for name, weight in start.items():
-        if weight.shape != end[name].shape:
-            raise PalimpsestError(f"{name} is {list(end[name].shape)}, in the base {list(weight.shape)}.")
-        found[name] = end[name].detach().float() - weight.detach().float()
-        if not torch.isfinite(found[name]).all():
+class TaskVectors(Mapping[str, Tensor]):
+    """tau of several models, [models, *weight] by name, tied weights once; raises where their architectures differ.
+
+    It holds the models alone: a difference is taken in float32 whenever its weight is asked for.
+    """
+
+    def __init__(self, base: nn.Module, tuned: Sequence[nn.Module]) -> None:
+        self.base = dict(base.named_parameters())
+        self.tuned = [dict(network.named_parameters()) for network in tuned]
+        for end in self.tuned:
+            for names, other, whose in ((self.base, end, "base"), (end, self.base, "model")):
+                if lost := [name for name in names if name not in other]:
+                    raise PalimpsestError(
+                        f"only the {whose} has the weight {lost[0]}: the two have different architectures."
+                    )
+            for name, weight in self.base.items():
+                if weight.shape != end[name].shape:
+                    raise PalimpsestError(f"{name} is {list(end[name].shape)}, in the base {list(weight.shape)}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """tau of the weight; raises where it has values that are not finite."""
+        found = torch.stack([self.one(name, model) for model in range(len(self.tuned))])
+        if not torch.isfinite(found.sum()):
             raise PalimpsestError(f"{name} has values that are not finite.")
-    return found
+        return found
+
+    def one(self, name: str, model: int) -> Tensor:
+        """tau of the weight of one of the models."""
+        return self.tuned[model][name].detach().float() - self.base[name].detach().float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+def task_vector(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
+    """tau of one model by name, held in full."""
+    return {name: vector[0] for name, vector in TaskVectors(base, [tuned]).items()}
 
 
 @torch.no_grad()
-def place(network: nn.Module, base: nn.Module, vector: Mapping[str, Tensor], by: Mapping[str, float]) -> None:
-    """Sets the network's weights to theta_0 + lambda tau, in place."""
+def place(network: nn.Module, base: nn.Module, vector: Callable[[str], Tensor], by: Mapping[str, float]) -> None:
+    """Sets the network's weights to theta_0 + lambda tau by name, one after the other, in place."""
     start = dict(base.named_parameters())
     for name, weight in network.named_parameters():
-        weight.copy_(start[name].float() + by[name] * vector[name])
+        weight.copy_(start[name].float() + by[name] * vector(name))
 
 
 def start_of(model: Model, base: str | None, run: Run, by: str) -> Model:
@@ -101,10 +127,9 @@ def check_words(one: Model, other: Model) -> None:
         raise PalimpsestError("the two models have different tokenizers: their weights do not mean the same words.")
 
 
-def distance(vector: Mapping[str, Tensor], base: nn.Module) -> float:
-    """Norm of tau over that of theta_0."""
-    moved = sum(float(t.double().square().sum()) for t in vector.values()) ** 0.5
-    return moved / sum(float(w.detach().double().square().sum()) for w in base.parameters()) ** 0.5
+def norm(parts: Iterable[Tensor]) -> float:
+    """L2 norm of all parts together, summed in float64."""
+    return sum(float(part.detach().double().square().sum()) for part in parts) ** 0.5
 
 
 def accuracy(model: Model, records: Sequence[Record], run: Run) -> float:
@@ -161,12 +186,12 @@ class LiNeS(Method):
         """The scaled model; its ledger entry has lambda and the norm of the change of each block."""
         before = start_of(model, self.base, run, self.facts.slug)
         vector = task_vector(before.network, model.network)
-        if (far := distance(vector, before.network)) > FAR:
+        if (far := norm(vector.values()) / norm(before.network.parameters())) > FAR:
             run.warn(f"lines: the model is {far:.2f} of the base's norm away from it: is that where it started?")
         edited = model if run.in_place else model.copy()
 
         def scaled(alpha: float) -> Model:
-            place(edited.network, before.network, vector, self._factors(edited.network, alpha))
+            place(edited.network, before.network, vector.__getitem__, self._factors(edited.network, alpha))
             return edited
 
         alpha = self._chosen(scaled, model.copy(), before, data, run) if self.alpha == "auto" else float(self.alpha)

@@ -18,7 +18,7 @@ means by peft; consensus, Wang et al. 2024 (arXiv 2405.07813); LiNeS, Wang et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
-from palimpsest.keep.lines import check_words, distance, factors, place, start_of, task_vector
+from palimpsest.keep.lines import FAR, TaskVectors, check_words, factors, norm, place, start_of
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.system import Method, configuration, setting, system
@@ -38,36 +38,34 @@ ALIKE = 0.95
 """Cosine of two task vectors above which they hardly come from the start that is named."""
 
 
-def trimmed(vector: Float[Tensor, " weights"], density: float) -> Float[Tensor, " weights"]:
-    """The largest entries, a share `density` of all and what equals the smallest of them; others are 0."""
-    size = vector.abs()
-    dropped = len(size) - int(density * len(size))
-    if dropped == len(size):
-        return torch.zeros_like(vector)
+def smallest_kept(parts: Iterable[Float[Tensor, "*weight"]], density: float) -> float:
+    """The size of the smallest entry that stays where the largest share `density` of a vector, given in parts, does."""
+    sizes = np.concatenate([part.abs().flatten().cpu().numpy() for part in parts])
+    dropped = len(sizes) - int(density * len(sizes))
+    if dropped == len(sizes):
+        return float("inf")
     # only one place of the order is needed: peft's prune sorts, which takes three times as long for a whole model
-    least = float(np.partition(size.float().cpu().numpy(), dropped)[dropped])
-    return vector * (size >= least)
+    sizes.partition(dropped)
+    return float(sizes[dropped])
 
 
-def ties(vectors: Float[Tensor, "tasks weights"], density: float) -> Float[Tensor, " weights"]:
-    """Trim all but the largest share of each, elect a sign, average what agrees; entries of opposite equals are +."""
+def ties(
+    vectors: Float[Tensor, tasks * weight], smallest: Float[Tensor, " tasks"] | None = None
+) -> Float[Tensor, "*weight"]:
+    """Elects a sign and averages what agrees, of the entries that stay; entries of opposite equals are +."""
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-    large = vectors if density >= 1 else torch.stack([trimmed(vector, density) for vector in vectors])
-    return disjoint_merge(large, calculate_majority_sign_mask(large, method="total"))
+    if smallest is not None:
+        vectors = vectors * (vectors.abs() >= smallest.view(-1, *[1] * (vectors.ndim - 1)))
+    return disjoint_merge(vectors, calculate_majority_sign_mask(vectors, method="total"))
 
 
 def consensus_mask(
-    vectors: Float[Tensor, "tasks weights"], merged: Float[Tensor, " weights"], scale: float, least: int = 2
-) -> Bool[Tensor, " weights"]:
+    vectors: Float[Tensor, tasks * weight], merged: Float[Tensor, "*weight"], scale: float, least: int = 2
+) -> Bool[Tensor, "*weight"]:
     """Which weights at least so many tasks want: where a task's own change outweighs what the others add to it."""
     wanted = vectors.abs() > (merged - vectors).abs() * scale
     return wanted.sum(0) >= least
-
-
-def common_scale(vectors: Float[Tensor, "tasks weights"], merged: Float[Tensor, " weights"]) -> float:
-    """alpha of LiNeS: by how much the plain sum is larger than what the rule made of it, over the number of tasks."""
-    return float(vectors.sum(0).abs().sum(dtype=torch.float64) / merged.abs().sum(dtype=torch.float64)) / len(vectors)
 
 
 @configuration("ties", title="TIES merging", paper="Yadav et al. 2023 (arXiv 2306.01708)", preset={"rule": "ties"})
@@ -106,44 +104,85 @@ class Merge(Method):
         if self.rule == "consensus" and not self.models:
             raise PalimpsestError("consensus needs at least two models: name the others in models.")
         before = start_of(model, self.base, run, self.facts.slug)
-        vectors = [task_vector(before.network, model.network)]
-        for source in self.models:
-            other = load(source, run=run)
+        others = [load(source, run=run) for source in self.models]
+        for other in others:
             check_words(before, other)
-            vectors.append(task_vector(before.network, other.network))
-        for name, vector in zip(("the model", *self.models), vectors, strict=True):
-            if (far := distance(vector, before.network)) > 0.5:
-                run.warn(f"{self.facts.slug}: {name} is {far:.2f} of the base's norm away from it: did it start there?")
-        names = list(vectors[0])
-        flat = torch.stack([torch.cat([vector[name].flatten() for name in names]) for vector in vectors])
-        merged = self._merged(flat)
-        sizes = [vectors[0][name].numel() for name in names]
-        made = {name: part.view_as(vectors[0][name]) for name, part in zip(names, merged.split(sizes), strict=True)}
+        vectors = TaskVectors(before.network, [each.network for each in (model, *others)])
+        smallest = self._smallest(vectors)
+        found = _Measured(len(vectors.tuned))
+        for name in run.track(list(vectors), "comparing"):
+            found.add(vectors[name], self._merged(vectors[name], smallest))
+        self._report(found, before, run)
         edited = model if run.in_place else model.copy()
-        alpha = common_scale(flat, merged) if self.alpha is None else self.alpha
-        by: Mapping[str, float] = dict.fromkeys(names, self.scale)
+        by: Mapping[str, float] = dict.fromkeys(vectors, self.scale)
         if self.layer_scaling:
+            alpha = found.common_scale if self.alpha is None else self.alpha
+            run.note(alpha=alpha)
             by = factors(edited.network, alpha, self.scale)
-        place(edited.network, before.network, made, by)
-        self._report(flat, alpha, run)
+        place(edited.network, before.network, lambda name: self._merged(vectors[name], smallest), by)
         return edited
 
-    def _merged(self, flat: Float[Tensor, "tasks weights"]) -> Float[Tensor, " weights"]:
-        if self.rule == "average":
-            return flat.mean(0)
-        if self.rule == "ties":
-            return ties(flat, self.density)
-        total = flat.sum(0)
-        return total * consensus_mask(flat, total, self.mask_scale) if self.rule == "consensus" else total
+    def _smallest(self, vectors: TaskVectors) -> Float[Tensor, " tasks"] | None:
+        """What TIES keeps of each vector, over the whole network."""
+        if self.rule != "ties" or self.density >= 1:
+            return None
+        tasks = range(len(vectors.tuned))
+        return torch.tensor([smallest_kept((vectors.one(n, task) for n in vectors), self.density) for task in tasks])
 
-    def _report(self, flat: Float[Tensor, "tasks weights"], alpha: float, run: Run) -> None:
-        if len(flat) < 2:
+    def _merged(
+        self, vectors: Float[Tensor, tasks * weight], smallest: Float[Tensor, " tasks"] | None
+    ) -> Float[Tensor, "*weight"]:
+        if self.rule == "average":
+            return vectors.mean(0)
+        if self.rule == "ties":
+            return ties(vectors, smallest)
+        total = vectors.sum(0)
+        return total * consensus_mask(vectors, total, self.mask_scale) if self.rule == "consensus" else total
+
+    def _report(self, found: _Measured, before: Model, run: Run) -> None:
+        reach = norm(before.network.parameters())
+        for name, size in zip(("the model", *self.models), found.norms.tolist(), strict=True):
+            if size > FAR * reach:
+                far = f"{name} is {size / reach:.2f} of the base's norm away from it"
+                run.warn(f"{self.facts.slug}: {far}: did it start there?")
+        if len(found.norms) < 2:
             return
-        size = flat.norm(dim=1).clamp_min(1e-30)
-        cosines = flat @ flat.mT / torch.outer(size, size)
-        opposed = ((flat.amax(0) > 0) & (flat.amin(0) < 0)).float().mean()
-        run.note(cosines=cosines, sign_conflicts=float(opposed), **({"alpha": alpha} if self.layer_scaling else {}))
-        if float((cosines - torch.eye(len(flat))).max()) > ALIKE:
+        cosines = found.cosines
+        run.note(cosines=cosines, sign_conflicts=found.opposed / found.weights)
+        if float((cosines - torch.eye(len(cosines))).max()) > ALIKE:
             run.warn(
                 f"{self.facts.slug}: two task vectors have a cosine above {ALIKE}: is the base their common start?"
             )
+
+
+class _Measured:
+    """What is told of task vectors and of what a rule makes of them, weight after weight, summed in float64."""
+
+    def __init__(self, tasks: int) -> None:
+        self.products = torch.zeros(tasks, tasks, dtype=torch.float64)
+        self.opposed = self.weights = 0
+        self.sizes = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, vectors: Float[Tensor, tasks * weight], merged: Float[Tensor, "*weight"]) -> None:
+        """One weight more."""
+        flat = vectors.flatten(1)
+        self.products += (flat @ flat.mT).to(self.products)
+        self.opposed += int(((flat.amax(0) > 0) & (flat.amin(0) < 0)).sum())
+        self.weights += flat.shape[1]
+        self.sizes += torch.stack([flat.sum(0).abs().sum(), merged.abs().sum()]).to(self.sizes)
+
+    @property
+    def norms(self) -> Float[Tensor, " tasks"]:
+        """L2 norms of the task vectors."""
+        return self.products.diagonal().sqrt()
+
+    @property
+    def cosines(self) -> Float[Tensor, "tasks tasks"]:
+        """Cosines of the task vectors."""
+        size = self.norms.clamp_min(1e-30)
+        return (self.products / torch.outer(size, size)).float()
+
+    @property
+    def common_scale(self) -> float:
+        """alpha of LiNeS: how much larger the plain sum is than what the rule made of it, over the tasks."""
+        return float(self.sizes[0] / self.sizes[1]) / len(self.products)
