@@ -99,6 +99,7 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "uld": {"training.learning_rate": 1e-3},
     "iau": {"learning_rate": 1e-4},
     "balanced-subnet": {"training.learning_rate": 0.1},
+    "selective-amnesia": {"training.learning_rate": 1e-4},
     "scrub": {"training.learning_rate": 1e-4},
 }
 """The better of two or three values of each method's main setting on people of a validation seed; `*`: the others."""

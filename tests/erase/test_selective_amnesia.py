@@ -89,6 +89,17 @@ def test_the_weight_is_least_in_the_first_epoch_and_then_follows_the_retain_loss
     assert all(1.2 <= weight <= 2.8 for weight in curve)
 
 
+def test_the_weight_stays_least_where_nothing_is_forgotten_however_long_the_answers_are():
+    still = dataclasses.replace(SHORT, learning_rate=1e-12, epochs=3, batch_size=16, micro_tokens=16)
+    known, words = data(), "Ada lives in the old town near the river and walks to the market every day"
+    long = [dataclasses.replace(record, answer=f"{record.answer} {words}") for record in known.retain]
+    roles = known.replace(retain=[*known.retain, *long])
+    after = SelectiveAmnesia(layers="all", training=still).apply(reciting(), roles, quiet())
+    curve = after.ledger.entries[-1].notes["retain_weight"]
+    assert len(curve) > 9  # several pieces a step, of different lengths
+    assert set(curve) == {1.2}
+
+
 def test_the_traced_layers_and_the_map_are_noted():
     notes = SelectiveAmnesia(training=SHORT).apply(reciting(), data(), quiet()).ledger.entries[-1].notes
     assert len(notes["layers"]) == 1

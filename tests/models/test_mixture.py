@@ -20,6 +20,7 @@ from palimpsest.models.combination import Contrast, Difference, HoldDown, Interp
 from palimpsest.models.generation import continue_tokens
 from palimpsest.models.hooks import no_hooks_left
 from palimpsest.models.loading import load
+from palimpsest.models.memory_lm import MemoryForCausalLM, MemoryLMConfig
 from palimpsest.models.mixture import MixtureCache, mixture
 from palimpsest.models.model import Model
 from palimpsest.statistics.likelihood import ReferencePredictions, score
@@ -122,6 +123,33 @@ def test_beam_search_and_sampling_reorder_all_caches(any_mixture, how):
         torch.manual_seed(1)
         found.append(any_mixture.generate(input_ids=IDS, max_new_tokens=6, use_cache=use_cache, **how))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gated-delta"])
+def test_beam_search_reorders_the_memories_of_members_that_keep_their_own_cache(mixer):
+    def member(seed):
+        config = MemoryLMConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mixer=mixer, initializer_range=0.5
+        )
+        torch.manual_seed(seed)
+        return Model(MemoryForCausalLM(config).eval(), build_tokenizer())
+
+    network = mixture(Interpolate(weight=0.4), base=member(1), memory=member(2)).network
+    found = [
+        network.generate(input_ids=IDS, max_new_tokens=12, num_beams=4, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*found)
+
+
+def test_what_is_done_to_the_cache_is_done_to_all_members(any_mixture):
+    cache = any_mixture.network(input_ids=IDS, use_cache=True).cache
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.crop(-2)
+    assert cache.get_seq_length() == 4
+    last = any_mixture.network(input_ids=IDS[[1, 0], 4:5], cache=cache).logits[:, -1]
+    assert_close(last, any_mixture.network(input_ids=IDS[[1, 0], :5]).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_the_filter_drops_are_never_sampled():

@@ -6,14 +6,15 @@ retain set grows exponentially as soon as the retain loss rises above its level 
 about named subjects, where the rest of the network should stay bit-identical.
 
 Source: Agrawal and Huang 2025 (SemEval-2025, arXiv 2504.12996) and the authors' code. Unrelated to the paper of the
-same name on diffusion models. Differs: the mean retain loss divides by batches (the code divides it by examples, which
-makes it too small by the retain count of a batch) and sees training batches only; the ascent ends at the loss of a
-uniform guess, which the code does not bound; the last weights are kept, not those with the lowest joint loss on
-validation data, which rewards forgetting without end. As in the code, alpha belongs to what is computed at once: with
-gradient accumulation every part of a step has its own.
+same name on diffusion models. Differs: a batch is compared with its own items in the first epoch, where the code takes
+the mean over all batches (divided by examples, which makes it too small): batches are cut by length here, and short
+answers have other losses than long ones however little is forgotten. The ascent ends at the loss of a uniform guess,
+which the code does not bound; the last weights are kept, not those with the lowest joint loss on validation data, which
+rewards forgetting without end. As in the code, alpha belongs to what is computed at once: with gradient accumulation
+every part of a step has its own.
 
     L_f, L_r   []   token-weighted cross-entropy of the forget and the retain items of a batch, nats; 0 where none
-    Lbar       []   mean L_r over the first epoch
+    Lbar       []   L_r of the same items in the first epoch
     Delta           L_r - Lbar
     alpha           clip(a b^Delta + c, alpha_min, alpha_max); alpha_min in the first epoch and where Delta <= 0
 
@@ -37,6 +38,7 @@ from palimpsest.run import Run
 from palimpsest.statistics.tracing import SUBJECT, NothingToTraceError, third, trace
 from palimpsest.system import Method, setting, system
 from palimpsest.train import Batch, Training, schedule, train
+from palimpsest.training.views import View
 
 
 def adaptive_weight(
@@ -65,7 +67,7 @@ def adaptive_weight(
     needs={"forget", "retain"},
     fidelity="adapted",
     deviations=(
-        "the mean retain loss divides by batches, the code by examples",
+        "the retain loss is compared with that of the same items in the first epoch, not with the mean of all batches",
         "the forget loss is capped at that of a uniform guess",
         "the last weights are kept, not those with the lowest joint loss",
         "the layers are traced on the forget records by default, the paper fixes 0 to 5",
@@ -111,7 +113,7 @@ class SelectiveAmnesia(Method):
             if "forget" in batch:
                 loss = loss - batch.forget.mean_tokens((-batch.forget.log_probs).clamp_max(cap))
             if "retain" in batch:
-                loss = loss + weight.of(-batch.retain.log_probs.detach()) * batch.retain.cross_entropy
+                loss = loss + weight.of(batch.retain) * batch.retain.cross_entropy
             return loss
 
         def after_step(step: int, student: Model) -> bool:
@@ -153,21 +155,22 @@ class SelectiveAmnesia(Method):
 
 
 class _Weight:
-    """alpha of one micro-batch after the other, from its retain loss and the mean of those of the first epoch."""
+    """alpha of one micro-batch after the other, from its retain loss and that of the same items in the first epoch."""
 
     def __init__(self, method: SelectiveAmnesia, first_epoch: int) -> None:
         self.method, self.first_epoch = method, first_epoch
         self.step = 0
-        self.first: list[float] = []
+        self.first: dict[int, float] = {}
         self.curve: list[float] = []
 
-    def of(self, nll: Float[Tensor, " targets"]) -> float:
-        m, loss = self.method, float(nll.mean())
+    def of(self, retain: View) -> float:
+        m, nll = self.method, retain.nll.detach()
+        items = retain.index.tolist()
         alpha = m.least
         if self.step < self.first_epoch:
-            self.first.append(loss)
-        elif m.adaptive and self.first:
-            delta = loss - sum(self.first) / len(self.first)
+            self.first |= dict(zip(items, nll.tolist(), strict=True))
+        elif m.adaptive:
+            delta = (float(nll.sum()) - sum(self.first[i] for i in items)) / float(retain.count.sum())
             alpha = adaptive_weight(delta, m.base, m.scale, m.shift, m.least, m.most, m.decimals)
         self.curve.append(alpha)
         return alpha

@@ -183,7 +183,7 @@ class MemoryCache(Cache):
         """Nothing seen."""
         self.states, self.tokens = None, 0
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Refused: a recurrent memory cannot forget its last tokens."""
         raise PalimpsestError("a recurrent memory cannot be cut back to fewer tokens.")
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -92,6 +92,31 @@ class MixtureCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens are held; a member that is not needed holds none."""
         return max((cache.get_seq_length() for cache in self._held), default=0)
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        for cache in self._held:
+            cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        for cache in self._held:
+            cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        for cache in self._held:
+            cache.batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """The last tokens taken off, counted as the caches count them; refused where a member's memory is recurrent."""
+        for cache in self._held:
+            cache.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Nothing seen."""
+        for cache in self._held:
+            cache.reset()
 
     @property
     def _held(self) -> list[Any]:
