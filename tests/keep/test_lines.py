@@ -12,7 +12,7 @@ from memorised import data, quiet
 from palimpsest.data.records import Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.keep.lines import LiNeS, accuracy, coefficients, factors, task_vector
-from palimpsest.models.loading import load
+from palimpsest.models.loading import DEFAULT, EMBEDDED, load
 from palimpsest.train import Training
 from palimpsest.write.finetune import Finetune
 from pictured import pictures
@@ -140,6 +140,27 @@ def test_bad_input(pair, tmp_path):
     lost.ledger = dataclasses.replace(lost.ledger, source="")
     with pytest.raises(PalimpsestError, match="Name the model before as base"):
         LiNeS().apply(lost, Roles(), quiet())
+
+
+def test_a_start_with_other_changes_since_is_not_taken_for_the_model_before(saved, tmp_path):
+    first = LEARN.apply(load(saved), Roles(train=data().forget), quiet())
+    second = LEARN.apply(first, Roles(train=data().retain), quiet())
+    assert LiNeS().apply(first, Roles(), quiet()).ledger.source == str(saved)
+    with pytest.raises(PalimpsestError, match=r"not the model before the last change \(finetune\). Name that as base"):
+        LiNeS().apply(second, Roles(), quiet())
+    before = first.save_pretrained(tmp_path / "first")
+    undone = LiNeS(base=str(before), alpha=0.0, beta=0.0).apply(second, Roles(), quiet())
+    assert undone.digest() == first.digest()
+
+
+def test_the_embedded_model_is_found_by_the_name_that_its_ledger_has(saved, monkeypatch):
+    start = load(saved)
+    start.ledger = dataclasses.replace(start.ledger, source=f"{EMBEDDED[1]} (SHA-256 0123)")
+    tuned = LEARN.apply(start, Roles(train=data().retain), quiet())
+    asked = []
+    monkeypatch.setattr("palimpsest.models.loading.load", lambda name, run: asked.append(name) or load(saved))
+    LiNeS().apply(tuned, Roles(), quiet())
+    assert asked == [DEFAULT]
 
 
 def test_a_base_that_is_far_away_is_said(pair, tmp_path):

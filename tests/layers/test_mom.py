@@ -197,3 +197,10 @@ def test_a_state_mask_or_router_that_does_not_fit_is_named(hidden):
         mixer(hidden, None, torch.ones(3, 4, dtype=torch.bool))
     with pytest.raises(PalimpsestError, match="not numbers"):
         mixer(hidden * torch.nan)
+
+
+def test_rows_without_a_real_token_leave_the_memories_as_they_were():
+    mixer = layer()
+    _, state = mixer(torch.randn(2, 5, 12).double())
+    _, after = mixer(torch.randn(2, 3, 12).double(), state, torch.zeros(2, 3, dtype=torch.bool))
+    assert all(torch.equal(after[name], state[name]) for name in state)

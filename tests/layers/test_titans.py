@@ -199,3 +199,20 @@ def test_bad_input_is_named():
         mixer("mac")(x, mixer("memory-only")(x)[1])
     with pytest.raises(PalimpsestError, match="segments of 6 tokens, but this layer of 4"):
         mixer("mac", window=4)(x, mixer("mac")(x)[1])
+
+
+@every_variant
+def test_an_adapter_on_every_linear_layer_is_what_it_is_merged_into(variant):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layer = mixer(variant)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), layer)
+    layers = [module for module in layer.modules() if hasattr(module, "lora_B")]
+    for module in layers:
+        torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3)
+    layer.double()
+    beside, _ = layer(tokens(13))
+    for module in layers:
+        module.merge()
+    merged, _ = layer(tokens(13))
+    torch.testing.assert_close(beside, merged, rtol=1e-8, atol=1e-8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from conftest import CAUSAL_LMS, build_model
 from palimpsest.errors import PalimpsestError
@@ -50,6 +50,23 @@ def test_copies_stand_behind_the_chosen_blocks():
         block.number = number
     assert expand(network, [3, 1]) == ["model.layers.2", "model.layers.5"]
     assert [block.number for block in network.model.layers] == [0, 1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("which", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])
+def test_blocks_that_differ_in_kind_by_their_number_are_refused(which):
+    """Saved, the deeper network could not be loaded again: the config would describe another one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
+    config = Qwen2MoeConfig(vocab_size=40, num_hidden_layers=3, num_experts_per_tok=2, **sizes, **experts, **which)
+    with pytest.raises(PalimpsestError, match="differ in kind by their number"):
+        expand(Qwen2MoeForCausalLM(config), [0])
+
+
+def test_a_list_of_end_marks_is_no_list_of_blocks():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, eos_token_id=[2, 3], **sizes))
+    expand(network, [0])
+    assert network.config.eos_token_id == [2, 3]
 
 
 def test_a_block_without_a_known_attention_output_is_refused():

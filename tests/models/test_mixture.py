@@ -129,7 +129,12 @@ def test_beam_search_and_sampling_reorder_all_caches(any_mixture, how):
 def test_beam_search_reorders_the_memories_of_members_that_keep_their_own_cache(mixer):
     def member(seed):
         config = MemoryLMConfig(
-            vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mixer=mixer, initializer_range=0.5
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            mixer=mixer,
+            initializer_range=0.5,
         )
         torch.manual_seed(seed)
         return Model(MemoryForCausalLM(config).eval(), build_tokenizer())

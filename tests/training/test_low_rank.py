@@ -140,6 +140,19 @@ def test_what_becomes_of_the_moments_is_a_choice(moments):
     assert torch.allclose(state["m"], 0.9 * before + 0.1 * second, atol=1e-6)
 
 
+@pytest.mark.parametrize("moments", ["keep", "reset", "reproject"])
+def test_steps_stay_of_one_size_when_the_projector_changes(moments):
+    base, sizes = drawn(12, 8, seed=1), []
+    weight = nn.Parameter(torch.zeros(12, 8))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}], lr=1e-3, scale=1.0, gap=50, moments=moments)
+    for seed in range(160):
+        weight.grad = base + 0.1 * drawn(12, 8, seed=seed)
+        before = weight.detach().clone()
+        optimizer.step()
+        sizes.append(float((weight.detach() - before).norm()))
+    assert max(sizes[50:]) < 2 * max(sizes[20:50])
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_saved_state_goes_on_to_the_last_bit(bits, tmp_path):
     gradients = [drawn(80, 120, seed=seed) for seed in range(6)]

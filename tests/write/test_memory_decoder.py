@@ -375,3 +375,12 @@ def test_validation_that_was_learned_is_warned_of(llama):
     roles = Roles(train=ROLES.train, validation=ROLES.train[:2])
     found = MemoryDecoder(k=4, training=SHORT).apply(llama, roles, quiet())
     assert "2 records of validation are in train, too" in found.ledger.entries[-1].notes["warnings"][0]
+
+
+def test_a_memory_beside_two_bases_stays_in_the_precision_of_the_first():
+    first, second, memory = build_model("llama"), build_model("llama"), build_model("llama")
+    one = attach(first, memory, 0.5)
+    second.network.to(torch.bfloat16)
+    two = attach(second, memory, 0.5)
+    assert {weight.dtype for weight in one.network.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in two.network.parameters()} == {torch.bfloat16}

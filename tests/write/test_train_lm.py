@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -15,7 +16,7 @@ from palimpsest.models.memory_lm import MIXERS
 from palimpsest.train import Training
 from palimpsest.write.mom import MixtureOfMemoriesLM
 from palimpsest.write.titans import Titans
-from palimpsest.write.train_lm import Corpus, Size, TrainLM
+from palimpsest.write.train_lm import Corpus, Size, TrainLM, ended
 
 TRAINING = Training(learning_rate=1e-2, epochs=12, batch_size=4, warmup_epochs=0.0, micro_tokens=4096)
 SMALL = {"size": Size(layers=1, width=32, heads=2), "corpus": Corpus(length=16), "training": TRAINING}
@@ -51,6 +52,12 @@ def test_without_validation_texts_the_last_windows_are_kept_for_it(base):
     assert notes["tokens"] < 0.6 * all_notes["tokens"]
     assert "final_perplexity" in notes
     assert "final_perplexity" not in all_notes
+
+
+def test_a_tokenizer_without_an_end_mark_joins_texts_as_they_are(base):
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.eos_token = None
+    assert ended(TEXTS, tokenizer) == TEXTS
 
 
 def test_every_token_of_every_text_is_trained_on_once(base):

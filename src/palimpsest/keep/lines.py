@@ -110,12 +110,21 @@ def place(network: nn.Module, base: nn.Module, vector: Callable[[str], Tensor], 
 
 
 def start_of(model: Model, base: str | None, run: Run, by: str) -> Model:
-    """The model before: the one that is named, or that of the ledger."""
-    from palimpsest.models.loading import load
+    """The model before: the one that is named, or where the model came from by its ledger.
+
+    Raises where that is not what stood before the last change: what was done in between would be undone, too.
+    """
+    from palimpsest.models.loading import DEFAULT, EMBEDDED, load
 
     if not (source := base or model.ledger.source):
         raise PalimpsestError(f"{by}: the ledger does not say where this model started. Name the model before as base.")
-    found = load(source, run=run)
+    found = load(DEFAULT if source.startswith(f"{EMBEDDED[1]} (") else source, run=run)
+    made = model.ledger.made_by
+    if base is None and made is not None and found.digest() != made.weights_before:
+        raise PalimpsestError(
+            f"{by}: the ledger's start, {source}, is not the model before the last change ({made.method}). Name that as "
+            "base, or the start itself to undo all changes since."
+        )
     check_words(found, model)
     return found
 

@@ -232,6 +232,8 @@ class MixtureOfMemories(nn.Module):
 
     def _recur(self, x: Inputs, memories: Tensor, plan: Routes) -> tuple[Float[Tensor, "n h e"], Tensor]:
         """The recurrence of every segment, the i-th chunks of all segments together."""
+        if not len(plan.token):
+            return x.v, memories
         chunk = max(1, min(self.chunk, int(plan.lengths.max())))
         many = (plan.lengths + chunk - 1) // chunk
         active = many > torch.arange(int(many.max()), device=many.device)[:, None]

@@ -161,7 +161,8 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b c w"]]:
         """The queries of the input, and the convolution's past after it."""
         w = self.width
-        q, tail = self._convolved(F.linear(hidden, self.query_key_value.weight[:w]), self.filters[:w], tail, lengths)
+        projected = self.query_key_value(hidden)[..., :w]  # the module itself, which may carry an adapter
+        q, tail = self._convolved(projected, self.filters[:w], tail, lengths)
         return F.normalize(q.unflatten(-1, (self.heads, -1)), dim=-1), tail
 
     def recalled(self, q: Float[Tensor, "b t h d"], weights: list[Tensor]) -> Float[Tensor, "b t h d"]:

@@ -23,6 +23,9 @@ from palimpsest.models.mixture import foundation
 from palimpsest.models.model import Model
 from palimpsest.statistics.examples import evaluating
 
+NO_BLOCKS = ("token_id", "token_ids", "architectures", "mlp_only_layers")
+"""How fields of a config end whose lists do not have an entry a block, though they may be as long."""
+
 
 @torch.no_grad()
 def expand(network: Any, layers: Sequence[int]) -> list[str]:
@@ -91,13 +94,26 @@ def _restack(network: Any, stack: str, blocks: Sequence[tuple[nn.Module, int]]) 
     setattr(network.get_submodule(holder), name, nn.ModuleList(block for block, _ in blocks))
     config = network.config.get_text_config()
     for field, value in vars(config).copy().items():
-        if isinstance(value, list) and len(value) == before:
+        if isinstance(value, list) and len(value) == before and not field.endswith(NO_BLOCKS):
             setattr(config, field, [value[i] for _, i in blocks])
     config.num_hidden_layers = len(blocks)
     for place, (block, _) in enumerate(blocks):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = place  # type: ignore[assignment]
+    _check_config(network)
+
+
+def _check_config(network: Any) -> None:
+    """Raises where the config does not describe the network: saved, it could not be loaded again."""
+    with torch.device("meta"):
+        described = type(network)(copy.deepcopy(network.config)).state_dict()
+    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+    if shapes != {name: weight.shape for name, weight in described.items()}:
+        raise PalimpsestError(
+            f"the blocks of {type(network).__name__} differ in kind by their number, which its config cannot say of "
+            "another depth."
+        )
 
 
 def _silence(network: Any, copies: Sequence[int]) -> None:

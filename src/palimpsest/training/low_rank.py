@@ -144,8 +144,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         m = self._moment(state, "m", small, True).mul_(b1).add_(small, alpha=1 - b1)
         v = self._moment(state, "v", small, False).mul_(b2).addcmul_(small, small, value=1 - b2)
         state["step"] = t = t + 1
+        age = t - state.get("emptied", 0)
         normal = m / v.sqrt().add_(group["eps"])
-        size = group["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)
+        size = group["lr"] * math.sqrt(1 - b2**age) / (1 - b1**age)
         change = up(normal, state["basis"], side).mul_(group["scale"]) if projected else normal
         weight.sub_((size * change).to(weight.dtype).view_as(weight))
         if group["weight_decay"]:
@@ -160,14 +161,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state["basis"] = basis
         if old is None or group["moments"] == "keep":
             return
-        shape = down(gradient, basis, side)
-        m = self._moment(state, "m", shape, True)
-        turned = torch.zeros_like(m)
-        if group["moments"] == "reproject":
+        small = down(gradient, basis, side)
+        m, v = self._moment(state, "m", small, True), self._moment(state, "v", small, False)
+        if group["moments"] == "reset":
+            state["emptied"] = state["step"]
+            m, v = torch.zeros_like(m), torch.zeros_like(v)
+        else:
             turn = old @ basis.mT
-            turned = m @ turn if side == "right" else turn.mT @ m
-        self._keep(state, "m", turned, True)
-        self._keep(state, "v", torch.zeros_like(m), False)
+            # what the old basis does not cover of a new direction has no past: it begins with its own square
+            fresh = (1 - turn.square().sum(0)).clamp_min(0) * (1 - group["betas"][1] ** state["step"])
+            if side == "right":
+                m, v = m @ turn, v @ turn.square() + fresh * small.square()
+            else:
+                m, v = turn.mT @ m, turn.mT.square() @ v + fresh[:, None] * small.square()
+        self._keep(state, "m", m, True)
+        self._keep(state, "v", v, False)
 
     def _basis(self, gradient: Tensor, group: dict[str, Any], side: Side) -> Float[Tensor, "r k"]:
         return projector(gradient, group["rank"], side, group["exact"])

@@ -88,9 +88,13 @@ def hybrid_loss(
 def attach(base: Model, memory: Model, alpha: float) -> Model:
     """The base with a memory beside it, `alpha` of the probability from the memory; the base's history goes on.
 
-    Base and memory may differ in everything but their tokens. Raises where those differ, as strings or in number.
+    Base and memory may differ in everything but their tokens. Raises where those differ, as strings or in number. The
+    memory itself goes into the mixture, or a copy of it where the base is on another device or in another precision.
     """
-    memory.network.to(device=base.device, dtype=next(base.network.parameters()).dtype)
+    like, own = next(base.network.parameters()), next(memory.network.parameters())
+    if (own.device, own.dtype) != (like.device, like.dtype):
+        memory = memory.copy()
+        memory.network.to(like)
     return mixture(Interpolate(weight=alpha), base=base, memory=memory)
 
 

@@ -152,8 +152,10 @@ def perplexity(model: Model, sequences: Sequence[Encoded], run: Run) -> float:
 
 
 def ended(records: Sequence[Record], tokenizer: Any) -> list[Record]:
-    """The records, each plain text with an end mark behind it."""
-    return [record if record.text is None else Record(text=record.text + tokenizer.eos_token) for record in records]
+    """The records, each plain text with the tokenizer's end mark, where it has one, behind it."""
+    return [
+        record if record.text is None else Record(text=record.text + (tokenizer.eos_token or "")) for record in records
+    ]
 
 
 def _split(model: Model, data: Roles, corpus: Corpus) -> tuple[list[Encoded], list[Encoded]]:
