@@ -38,6 +38,14 @@ def test_the_distribution_of_the_worked_example():
     assert p[3].item() == pytest.approx(0.265388, abs=1e-6)
 
 
+def test_keys_in_float32_stay_as_they_are_and_give_the_same_distances():
+    keys = torch.from_numpy(KEYS).float()
+    store = Neighbours(keys, torch.from_numpy(VALUES))
+    for _ in range(2):
+        assert store.search(ORIGIN, 3)[0].tolist() == [[0.0, 1.0, 4.0]]
+    assert keys.tolist() == KEYS.tolist()
+
+
 def test_the_mixture_of_the_worked_example():
     p = p_of(Neighbours(KEYS, VALUES), ORIGIN, 3, 1.0)
     base = torch.full((1, 9), 0.5 / 8)

@@ -84,7 +84,8 @@ class Neighbours:
     def search(
         self, queries: Float[Tensor, "queries width"], k: int, exclude: Int[Tensor, " queries"] | None = None
     ) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
-        """Squared distances and row numbers of the k nearest keys, nearest first, equal ones in order of rows.
+        """Squared distances and row numbers of the k nearest keys, nearest first, equal ones in order of rows; of more
+        than `SLACK` rows beyond the k-th that are as near as it, which ones come back is the search's.
 
         `exclude` names a row for each query that does not count, wherever the index finds it: its own. Where an
         approximate index finds fewer rows the distance is infinite and the row -1.
@@ -114,7 +115,7 @@ class Neighbours:
     def _nearest(self, queries: Tensor, wanted: int) -> Int[Tensor, "queries wanted"]:
         """Rows of the least |K|^2 - 2 x K, from which the squared distance differs by |x|^2; in no order."""
         if self._whole is None:
-            keys = self.keys.float()
+            keys = self.keys.to(torch.float32, copy=True)  # float32 keys are the caller's
             mean = keys.mean(0)  # taken off, so that products round less
             keys -= mean
             self._whole = mean, keys, keys.square().sum(1)

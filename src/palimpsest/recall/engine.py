@@ -50,6 +50,9 @@ class Engine(Protocol):
     def nearest(self, vector: Any, limit: int, sight: Sight) -> Ranked:
         """Chunks by cosine, best first."""
 
+    def alike(self, vector: Any, least: float, sight: Sight) -> Ranked:
+        """All chunks with at least that cosine, best first; exact, whatever makes search quick."""
+
     def matching(self, words: str, limit: int, sight: Sight) -> Ranked:
         """Chunks that share words with a text, best first."""
 
@@ -60,9 +63,9 @@ class Engine(Protocol):
         """The vectors of chunks; zero for one that is no longer there."""
 
     def new_width(self, width: int) -> None:
-        """Drops all vectors and takes those of another width from now on."""
+        """Drops all vectors, to make room for those of another width; `restart` follows the transaction."""
 
-    def restart(self, encoder: str) -> None:
+    def restart(self) -> None:
         """Reads everything again, after a change of the encoder."""
 
     def accelerate(self, exact_below: int) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from palimpsest.errors import PalimpsestError, nearest
 from palimpsest.recall import reading
 from palimpsest.recall.filters import Test, compiled
-from palimpsest.recall.memories import Hit, Sight, check_vector
+from palimpsest.recall.memories import Hit, Sight, check_vector, encodable
 from palimpsest.recall.opening import Opened
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def find(opened: Opened, asked: Question, sight: Sight, weights: Weights) -> lis
     """The best hits in sight; a filter makes it read further down until enough pass."""
     if not asked.query.strip() and asked.vector is None:
         raise PalimpsestError("the query is empty.")
+    encodable(asked.query, "the query")
     if isinstance(asked.limit, bool) or not isinstance(asked.limit, int) or asked.limit < 1:
         raise PalimpsestError(f"limit is {asked.limit!r}, expected a whole number of at least 1.")
     if asked.ranking not in get_args(Ranking):
@@ -172,6 +173,8 @@ def chosen(
     """
     if not (where is not None or containing or like or expired or faded):
         raise PalimpsestError("nothing was named to forget: give a filter, a text, or a memory.")
+    if where is not None and not where:
+        raise PalimpsestError("the filter is empty, which everything satisfies: name a field.")
     if not 0 < alike <= 1:
         raise PalimpsestError(f"alike is {alike}, expected above 0 and at most 1.")
     test = compiled(where) if where is not None else None
@@ -189,8 +192,9 @@ def chosen(
     if like:
         engine = items.opened.engine
         for vector in engine.vectors(items.numbers([items.get(like).identity])):
-            near = [pair for pair in engine.nearest(vector, DEEP, items.sight("all")) if pair[1] >= alike]
-            heads = reading.chunks(engine, [number for number, _ in near])
-            for number, cosine in near:
-                found.setdefault(str(heads[number][0]), f"cosine {cosine:.2f} to memory {like}")
+            near = dict(engine.alike(vector, alike, items.sight("all")))
+            heads = {number: head for number, (head, *_) in reading.chunks(engine, list(near)).items()}
+            for number, cosine in near.items():
+                if number in heads:  # not forgotten by another process since
+                    found.setdefault(str(heads[number]), f"cosine {cosine:.2f} to memory {like}")
     return found

@@ -25,7 +25,7 @@ The store is one SQLite file, or a PostgreSQL database with pgvector; see `sqlit
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -202,34 +202,46 @@ class ConversationMemory(Store):
                 state = self.items.state
                 summary = self.summariser(state.summary, words)
                 versions = [("running", summary)]
-                due = (state.turn + 1) % self.cadence == 0
-                if due:
+                if self._due(state.turn + 1, state.archived):
                     archived = [*(old.text for old in self.items.summaries() if old.kind == "archived"), summary]
                     versions += [("archived", summary), ("overall", self.summariser("", "\n".join(archived)))]
                 with suppress(MovedError):
                     heads = self._open.storage.add(
-                        self.items.scope, news, time.time(), expected=state, versions=versions
+                        self.items.scope,
+                        news,
+                        time.time(),
+                        expected=state,
+                        versions=versions,
+                        extractive=self.summariser.extractive,
                     )
                     break
-        if due:
-            self.prune()
+        if self._due(state.turn + 1, state.pruned):
+            with self._open.engine.transaction():
+                now = self.items.state
+                if self._due(now.turn, now.pruned):  # no other process was quicker
+                    self.prune()
             self._open.engine.accelerate(self.exact_below)
         return [str(head) for head in heads]
 
+    def _due(self, turn: int, last: int) -> bool:
+        """Whether a multiple of `cadence` lies after the last time, up to this turn."""
+        return turn // self.cadence > last // self.cadence
+
     def prune(self, *, dry_run: bool = False) -> dict[str, str]:
         """Lets the least salient chunks fade; which, by identity, and why. `items.restore` brings one back."""
-        state, engine = self.items.state, self._open.engine
-        ages = engine.ages(self.items.sight())
-        count, carry = prune_count(len(ages.number), self.fraction, state.carry)
-        weights = self._weights(ages.turn, ages.last_retrieved, state.turn)
-        chosen = least_salient(weights, ages.turn, ages.number, ages.pinned, count)
-        reasons = {
-            int(ages.number[i]): f"salience {weights[i]:.3f}, {state.turn - int(ages.turn[i])} turns old, "
-            + (f"last retrieved in turn {ages.last_retrieved[i]}" if ages.last_retrieved[i] >= 0 else "never retrieved")
-            for i in chosen.tolist()
-        }
-        if not dry_run:
-            self._open.storage.fade(self.items.scope, reasons, carry, time.time())
+        engine = self._open.engine
+        with nullcontext() if dry_run else engine.transaction():  # others must not prune by the same state
+            state, ages = self.items.state, engine.ages(self.items.sight())
+            count, carry = prune_count(len(ages.number), self.fraction, state.carry)
+            weights = self._weights(ages.turn, ages.last_retrieved, state.turn)
+            chosen = least_salient(weights, ages.turn, ages.number, ages.pinned, count)
+            reasons = {
+                int(ages.number[i]): f"salience {weights[i]:.3f}, {state.turn - int(ages.turn[i])} turns old, "
+                + (f"last retrieved in turn {last}" if (last := ages.last_retrieved[i]) >= 0 else "never retrieved")
+                for i in chosen.tolist()
+            }
+            if not dry_run:
+                self._open.storage.fade(self.items.scope, reasons, carry, state.turn, time.time())
         heads = reading.chunks(engine, list(reasons))
         return {str(heads[number][0]): reason for number, reason in reasons.items()}
 
@@ -285,9 +297,9 @@ class ConversationMemory(Store):
         """Every change, oldest first; of one memory, or of all."""
         return self.items.history(identity)
 
-    def _rewritten(self, summary: Summary, texts: Mapping[int, str]) -> str | None:
+    def _rewritten(self, summary: Summary, texts: Sequence[str]) -> str | None:
         """A summary without what is forgotten; one that is not made of sentences cannot be trusted, and goes."""
-        return without(summary.text, list(texts.values())) if self.summariser.extractive else None
+        return without(summary.text, texts) if self.summariser.extractive else None
 
     def _weights(self, turn: Any, last_retrieved: Any, now: int) -> Any:
         delta = recently_retrieved(now, last_retrieved, self.window)

@@ -23,13 +23,14 @@ from palimpsest.recall.memories import (
     Summary,
     View,
     check_vector,
+    encodable,
     number_of,
     packed,
     text_of,
 )
 from palimpsest.recall.opening import Opened
 
-Rewrite = Callable[[Summary, Mapping[int, str]], str | None]
+Rewrite = Callable[[Summary, Sequence[str]], str | None]
 """A summary without texts that are forgotten; None drops it."""
 Gate = Callable[[Record], Record]
 """What a record is to be stored as, its private parts taken out, say; raises where it must not be stored at all."""
@@ -134,7 +135,8 @@ class Items:
             "expires": old.expires,
             "pinned": old.pinned,
         }
-        kept |= {"ended": old.ended, "faded": old.faded}
+        successor = None if old.successor is None else int(old.successor)
+        kept |= {"ended": old.ended, "successor": successor, "faded": old.faded}
         self.opened.storage.replace(int(identity), self.news(record, happened=old.happened, **kept), time.time())
 
     def undo(self, identity: str) -> None:
@@ -166,8 +168,9 @@ class Items:
         self.opened.storage.mark([int(identity)], "set", time.time(), named, **columns)
 
     def restore(self, identity: str) -> None:
-        """Brings a faded memory back."""
-        if not self.get(identity).faded:
+        """Brings a faded memory back, or the parts of it that have faded."""
+        self.get(identity)
+        if not reading.partly_faded(self.opened.engine, int(identity)):
             raise PalimpsestError(f"memory {identity} has not faded.")
         self.opened.storage.mark([int(identity)], "restored", time.time(), faded=0)
 
@@ -179,7 +182,7 @@ class Items:
             self.get(identity)
         if dry_run:
             return Forgotten(identities=tuple(reasons), reasons=dict(reasons))
-        named = {number_of(identity): reason for identity, reason in reasons.items()}
+        named = {number_of(identity): encodable(reason, "the reason") for identity, reason in reasons.items()}
         return self.opened.storage.remove(named, time.time(), self.rewrite)
 
     def forget_all(self) -> int:
@@ -194,6 +197,7 @@ class Items:
 def as_json(metadata: Mapping[str, Any] | None) -> str:
     """Metadata as it is stored; values that JSON does not have raise."""
     try:
-        return json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise PalimpsestError(f"the metadata cannot be stored: {error}.") from error
+    return encodable(text, "the metadata")

@@ -18,6 +18,13 @@ NEVER = -1
 """The turn of the last retrieval of what was never retrieved."""
 
 
+def encodable(text: str, what: str) -> str:
+    """The text; one that has no UTF-8 raises."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PalimpsestError(f"{what} holds half of a surrogate pair, which is no character. Remove it.")
+    return text
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
     """Whose memories are meant; a part that is None means any where something is looked up, none where it is added."""
@@ -31,6 +38,7 @@ class Scope:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise PalimpsestError(f"the scope's {name} is {value!r}, expected a name.")
+            encodable(value or "", f"the scope's {name}")
 
     @property
     def parts(self) -> tuple[str, str, str]:
@@ -72,6 +80,7 @@ class New:
     metadata: str = "{}"
     record: str | None = None
     ended: float | None = None
+    successor: int | None = None
     faded: bool = False
 
 
@@ -160,13 +169,25 @@ class Summary:
 class State:
     """Where a conversation stands: turns so far, the fraction of a memory still to be pruned, and its latest summary.
 
-    `removals` counts deletions in the whole store, so that a summary made of what was forgotten meanwhile is noticed.
+    `archived` and `pruned` are the turns in which that was last done. `removals` counts deletions in the whole store,
+    so that a summary made of what was forgotten meanwhile is noticed.
     """
 
     turn: int = 0
     carry: float = 0.0
     summary: str = ""
     removals: int = 0
+    archived: int = 0
+    pruned: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embedding:
+    """What made the vectors of a store: encoder, width, and an identity that every re-embedding gives anew."""
+
+    encoder: str
+    width: int
+    identity: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,14 +214,14 @@ def text_of(record: Record) -> str:
         raise PalimpsestError("the text is empty; there is nothing to remember.")
     if "\x00" in words:
         raise PalimpsestError("the text holds a NUL character, which no store keeps. Remove it.")
-    return words
+    return encodable(words, "the text")
 
 
 def packed(record: Record) -> str | None:
     """The record as JSON; None where its text is all there is."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     filled = {name: value for name, value in fields.items() if value not in (None, ())}
-    return None if set(filled) == {"text"} else json.dumps(filled, ensure_ascii=False)
+    return None if set(filled) == {"text"} else encodable(json.dumps(filled, ensure_ascii=False), "the record")
 
 
 def unpacked(record: str | None, text: str) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -66,11 +67,12 @@ class Opened:
                 engine.put_vectors([number for number, _ in part], [check_vector(row, width) for row in made])
             probe = check_vector(np.asarray(given.encode([PROBE]))[0], width)
             facts = {"encoder": str(given.name), "width": str(width), "probe": json.dumps(probe.tolist())}
+            facts["embedding"] = uuid.uuid4().hex  # by which others notice, even where the name stays
             engine.many("DELETE FROM meta WHERE name = ?", [(name,) for name in facts])
             engine.many("INSERT INTO meta VALUES (?, ?)", list(facts.items()))
             engine.all("UPDATE counters SET value = value + 1 WHERE name = 'changes'")
             engine.all("UPDATE items SET changed = (SELECT value FROM counters WHERE name = 'changes')")
-        engine.restart(str(given.name))
+        engine.restart()
         self.width, self._given = width, given
         self.__dict__.pop("encoder", None)
         return len(rows)

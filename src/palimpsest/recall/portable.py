@@ -49,7 +49,8 @@ def imported(items: Items, lines: Iterable[str], name: str = "import") -> list[s
                 scope = Scope(user=items.scope.user, agent=row.get("agent"), run=row.get("run"))
             except (PalimpsestError, TypeError) as error:
                 raise PalimpsestError(f"{name}, line {number}: {error} Nothing was stored.") from error
-            (head,) = storage.add(scope, [news], time.time())
+            ahead = (0,) if row.get("turn") is not None else ()
+            (head,) = storage.add(scope, [news], time.time(), ahead=ahead)
             moved[str(row.get("identity"))] = head
             identities.append(str(head))
         for _, row, _ in rows:

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from palimpsest.errors import PalimpsestError
 from palimpsest.recall.engine import FORMAT, Fresh, Ranked
 from palimpsest.recall.memories import Ages, New, Sight
-from palimpsest.recall.reading import scope_numbers, seen
+from palimpsest.recall.reading import embedding, scope_numbers, seen
+from palimpsest.recall.scrubbing import LEFT, make_good, outstanding, told_as_removed
 
 WAIT = 10_000
 """Milliseconds to wait for another writer."""
@@ -87,23 +88,25 @@ class PostgresEngine:
         from pgvector.psycopg import register_vector
 
         register_vector(self._connection)
-        facts = dict(self.all("SELECT name, value FROM meta WHERE name IN ('encoder', 'width', 'format')"))
-        if int(facts["format"]) > FORMAT:
+        if (version := int(self.all("SELECT value FROM meta WHERE name = 'format'")[0][0])) > FORMAT:
             self.close()
             raise PalimpsestError(
-                f"{self.name} has format {facts['format']}, this version reads {FORMAT}. Nothing was changed."
+                f"{self.name} has format {version}, this version reads {FORMAT}. Nothing was changed."
             )
-        self.encoder, self.width = facts["encoder"], int(facts["width"])
+        self.restart()
+        make_good(self)
 
     def _check_extension(self) -> None:
         if not self.all("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'"):
             raise PalimpsestError(
                 f"the server {self.name} has no extension `vector`. Install pgvector on it, or use the embedded store."
             )
-        self.all("CREATE EXTENSION IF NOT EXISTS vector")
+        with suppress(self._errors.errors.UniqueViolation):  # another one was quicker
+            self._connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
 
     def _make(self, encoder: str, width: int) -> None:
-        with suppress(self._errors.errors.DuplicateSchema), self._connection.transaction():  # another one was quicker
+        quicker = self._errors.errors.DuplicateSchema, self._errors.errors.UniqueViolation
+        with suppress(*quicker), self._connection.transaction():
             self._connection.execute(SCHEMA.format(width=int(width)))
             facts = {"encoder": encoder, "width": str(width), "format": str(FORMAT)}
             for name, value in facts.items():
@@ -157,8 +160,8 @@ class PostgresEngine:
 
     def check_encoder(self) -> None:
         """Raises where another process has re-embedded the store since it was opened."""
-        if (encoder := self.all("SELECT value FROM meta WHERE name = 'encoder'")[0][0]) != self.encoder:
-            raise PalimpsestError(f"{self.name} was re-embedded with {encoder} meanwhile. Open it again.")
+        if (now := embedding(self)) != self._embedding:
+            raise PalimpsestError(f"{self.name} was re-embedded with {now.encoder} meanwhile. Open it again.")
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -188,6 +191,18 @@ class PostgresEngine:
                 f"WHERE {condition} ORDER BY vector <=> ?, turn DESC, items.number LIMIT ?",
                 [query, *arguments, query, limit],
             )
+        return [(number, score) for number, score in rows]
+
+    def alike(self, vector: Float[np.ndarray, " width"], least: float, sight: Sight) -> Ranked:
+        """All chunks with at least that cosine, best first; exact, whatever makes search quick."""
+        self.check_encoder()
+        condition, arguments = seen(sight, scope_numbers(self, sight.scope))
+        query = np.asarray(vector, np.float32)
+        rows = self.all(  # no index can answer a condition on the distance
+            "SELECT items.number, 1 - (vector <=> ?) AS cosine FROM vectors JOIN items USING (number) "
+            f"WHERE {condition} AND 1 - (vector <=> ?) >= ? ORDER BY cosine DESC, turn DESC, items.number",
+            [query, *arguments, query, least],
+        )
         return [(number, score) for number, score in rows]
 
     def matching(self, words: str, limit: int, sight: Sight) -> Ranked:
@@ -222,14 +237,14 @@ class PostgresEngine:
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     def new_width(self, width: int) -> None:
-        """Drops all vectors and takes those of another width from now on."""
+        """Drops all vectors, to make room for those of another width; `restart` follows the transaction."""
         self.all("DROP TABLE vectors")
         self.all(f"CREATE TABLE vectors (number BIGINT PRIMARY KEY, vector VECTOR({int(width)}) NOT NULL)")
-        self.width = width
 
-    def restart(self, encoder: str) -> None:
-        """Takes note of a changed encoder."""
-        self.encoder = encoder
+    def restart(self) -> None:
+        """Takes note of what made the vectors, at first and after a change of the encoder."""
+        self._embedding = embedding(self)
+        self.encoder, self.width = self._embedding.encoder, self._embedding.width
 
     def accelerate(self, exact_below: int) -> None:
         """An HNSW index on the vectors where there are more than that."""
@@ -238,7 +253,7 @@ class PostgresEngine:
 
     def scrub(self) -> None:
         """Rewrites the tables that hold words without what was removed."""
-        with self._lock:
+        with self._lock, told_as_removed(self.name):
             forgets = self.all("SELECT value FROM counters WHERE name = 'forgets'")[0][0]
             for table in ("items", "summaries", "history", "scopes"):
                 self.all(f"VACUUM FULL {table}")
@@ -250,7 +265,7 @@ class PostgresEngine:
         orphans = self.all("SELECT COUNT(*) FROM vectors WHERE number NOT IN (SELECT number FROM items)")[0][0]
         without = self.all("SELECT COUNT(*) FROM items WHERE number NOT IN (SELECT number FROM vectors)")[0][0]
         found = [f"{orphans} vectors belong to no memory"] * bool(orphans)
-        return found + [f"{without} chunks have no vector"] * bool(without)
+        return found + [f"{without} chunks have no vector"] * bool(without) + [LEFT] * outstanding(self)
 
     def bytes(self) -> int:
         """How much space the tables and their indexes take."""

@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from palimpsest.recall.engine import PAGE, Engine
-from palimpsest.recall.memories import Change, Memory, Scope, Sight, State, Summary, unpacked
+from palimpsest.recall.memories import Change, Embedding, Memory, Scope, Sight, State, Summary, text_of, unpacked
 
 COLUMNS = (
     "number head part scope role turn happened written ended successor expires pinned faded last_retrieved retrieved "
     "metadata record text digest cell changed"
 ).split()
 """Of the table `items`."""
+FREE = "free"
+"""The note on the first summary of a scope that is not made of sentences of what was said."""
+PRUNED = "pruned"
+"""The note on the turn of a scope's last pruning."""
 
 
 def scope_numbers(engine: Engine, scope: Scope) -> list[int] | None:
@@ -53,6 +57,18 @@ def counter(engine: Engine, name: str) -> int:
     return int(engine.all("SELECT value FROM counters WHERE name = ?", (name,))[0][0])
 
 
+def embedding(engine: Engine) -> Embedding:
+    """What made the vectors that are stored now."""
+    facts = dict(engine.all("SELECT name, value FROM meta WHERE name IN ('encoder', 'width', 'embedding')"))
+    return Embedding(str(facts["encoder"]), int(facts["width"]), facts.get("embedding"))
+
+
+def note(engine: Engine, name: str, place: int) -> int | None:
+    """What is noted about the scope of that number."""
+    found = engine.all("SELECT value FROM meta WHERE name = ?", (f"{name} {place}",))
+    return int(found[0][0]) if found else None
+
+
 def listed(numbers: Sequence[int]) -> str:
     """Numbers for the inside of IN (...)."""
     return ", ".join(map(str, numbers)) or "NULL"
@@ -67,7 +83,17 @@ def state(engine: Engine, scope: Scope) -> State:
     latest = engine.all(
         "SELECT text FROM summaries WHERE scope = ? AND kind <> 'archived' ORDER BY number DESC LIMIT 1", (number,)
     )
-    return State(turn=turn, carry=carry, summary=latest[0][0] if latest else "", removals=counter(engine, "removals"))
+    archived = engine.all(
+        "SELECT turn FROM summaries WHERE scope = ? AND kind = 'archived' ORDER BY number DESC LIMIT 1", (number,)
+    )
+    return State(
+        turn=turn,
+        carry=carry,
+        summary=latest[0][0] if latest else "",
+        removals=counter(engine, "removals"),
+        archived=archived[0][0] if archived else 0,
+        pruned=note(engine, PRUNED, number) or 0,
+    )
 
 
 def summaries(engine: Engine, scope: Scope) -> list[Summary]:
@@ -96,6 +122,20 @@ def memories(engine: Engine, heads: Sequence[int]) -> dict[int, Memory]:
         chunk = dict(zip((*COLUMNS, "user", "agent", "run"), row, strict=True))
         found.setdefault(chunk["head"], []).append(chunk)
     return {head: _memory(chunks) for head, chunks in found.items()}
+
+
+def texts_before(engine: Engine, heads: Sequence[int]) -> dict[int, list[str]]:
+    """What memories said before their updates, as far as the history has it."""
+    rows = engine.all(f"SELECT head, before FROM history WHERE before IS NOT NULL AND head IN ({listed(heads)})")
+    found: dict[int, list[str]] = {}
+    for head, before in rows:
+        found.setdefault(head, []).append(text_of(unpacked(before, "")))
+    return found
+
+
+def partly_faded(engine: Engine, head: int) -> bool:
+    """Whether any chunk of a memory has faded."""
+    return bool(engine.all("SELECT 1 FROM items WHERE head = ? AND faded = 1 LIMIT 1", (head,)))
 
 
 def chunks(engine: Engine, numbers: Sequence[int]) -> dict[int, tuple[int, str, int, int]]:

@@ -7,7 +7,7 @@ import sqlite3
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from palimpsest.errors import PalimpsestError
@@ -86,12 +86,12 @@ def make(path: Path, encoder: str, width: int) -> None:
                 connection.execute(f"PRAGMA user_version = {FORMAT}")
                 prepare(connection, encoder, width)
                 connection.execute("PRAGMA journal_mode = WAL")
-        try:
-            os.link(staging, path)  # fails where another process was quicker
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(staging, path)
+        with suppress(FileExistsError):  # another process was quicker
+            try:
+                os.link(staging, path)
+            except OSError:  # a file system without links: only a name that is ours is replaced
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+                os.replace(staging, path)
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
             staging.with_name(staging.name + suffix).unlink(missing_ok=True)

@@ -31,7 +31,8 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.recall import sqlite_file
 from palimpsest.recall.engine import Fresh, Ranked
 from palimpsest.recall.memories import Ages, New, Sight
-from palimpsest.recall.reading import scope_numbers, seen
+from palimpsest.recall.reading import embedding, scope_numbers, seen
+from palimpsest.recall.scrubbing import LEFT, make_good, outstanding, told_as_removed
 from palimpsest.recall.sqlite_file import told
 from palimpsest.recall.vector_index import COLUMNS, VectorIndex, columns_of
 
@@ -64,19 +65,19 @@ class SQLiteEngine:
             try:
                 if path is None:
                     sqlite_file.prepare(self._connection, *fresh())
-                facts = dict(self.all("SELECT name, value FROM meta WHERE name IN ('encoder', 'width')"))
-                self.encoder, self.width = str(facts["encoder"]), int(facts["width"])
                 self._start()
+                if not self.read_only:
+                    make_good(self)  # a kill may have come between a removal and its scrubbing
             except BaseException:
                 self._connection.close()
                 raise
 
     def _start(self) -> None:
+        self._embedding = embedding(self)
+        self.encoder, self.width = self._embedding.encoder, self._embedding.width
         self._index = VectorIndex(self.width)
         self._accelerated = 0
         self._seen = {"changes": 0, "removals": 0, "centres": 0}
-        if not self.read_only and not self._scrubbed():
-            self.scrub()  # a kill came between a removal and its scrubbing
 
     def close(self) -> None:
         """Ends the connection; the last one to leave empties the log."""
@@ -121,8 +122,8 @@ class SQLiteEngine:
 
     def check_encoder(self) -> None:
         """Raises where another process has re-embedded the store since it was opened."""
-        if (encoder := self.all("SELECT value FROM meta WHERE name = 'encoder'")[0][0]) != self.encoder:
-            raise PalimpsestError(f"{self.name} was re-embedded with {encoder} meanwhile. Open it again.")
+        if (now := embedding(self)) != self._embedding:
+            raise PalimpsestError(f"{self.name} was re-embedded with {now.encoder} meanwhile. Open it again.")
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,12 @@ class SQLiteEngine:
         with self._lock:
             self._follow()
             return self._index.nearest(vector, limit, self._mask(sight))
+
+    def alike(self, vector: Float[np.ndarray, " width"], least: float, sight: Sight) -> Ranked:
+        """All chunks with at least that cosine, best first; exact, whatever makes search quick."""
+        with self._lock:
+            self._follow()
+            return self._index.alike(vector, least, self._mask(sight))
 
     def matching(self, words: str, limit: int, sight: Sight) -> Ranked:
         """Chunks that share words with a text, by BM25."""
@@ -227,16 +234,14 @@ class SQLiteEngine:
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     def new_width(self, width: int) -> None:
-        """Drops all vectors and takes those of another width from now on."""
+        """Drops all vectors, to make room for those of another width; `restart` follows the transaction."""
         self.all("DELETE FROM vectors")
         self.all("DELETE FROM meta WHERE name IN ('centres', 'accelerated')")
         self.all("UPDATE counters SET value = 0 WHERE name = 'centres'")
         self.all("UPDATE items SET cell = NULL")
-        self.width = width
 
-    def restart(self, encoder: str) -> None:
+    def restart(self) -> None:
         """Reads everything again, after a change of the encoder."""
-        self.encoder = encoder
         with self._lock:
             self._start()
 
@@ -266,17 +271,14 @@ class SQLiteEngine:
 
     def scrub(self) -> None:
         """Leaves no bytes of what was removed in the file, its log, or the full-text index."""
-        with self._lock, told(self.name):
+        with self._lock, told_as_removed(self.name), told(self.name):
             with self.transaction():
                 forgets = self.all("SELECT value FROM counters WHERE name = 'forgets'")[0][0]
                 self.all("INSERT INTO words (words) VALUES ('optimize')")
             if self.path is not None:
                 self.all("VACUUM")
                 if not self._emptied_log():
-                    raise PalimpsestError(
-                        f"{self.name}: removed, but another process still reads the log, where the bytes may be left. "
-                        "Run `doctor --scrub` when it has ended."
-                    )
+                    raise PalimpsestError("another process still reads the log, where the bytes may be left")
             # only now: a kill before this line leaves the store marked as not yet scrubbed
             self.all("UPDATE counters SET value = ? WHERE name = 'scrubs'", (forgets,))
 
@@ -301,9 +303,7 @@ class SQLiteEngine:
         without = self.all("SELECT COUNT(*) FROM items WHERE number NOT IN (SELECT number FROM vectors)")[0][0]
         found += [f"{orphans} vectors belong to no memory"] * bool(orphans)
         found += [f"{without} chunks have no vector"] * bool(without)
-        if not self._scrubbed():
-            found.append("bytes of removed memories may be left in the file")
-        return found
+        return found + [LEFT] * outstanding(self)
 
     def bytes(self) -> int:
         """How much space the file and its log take."""
@@ -312,10 +312,6 @@ class SQLiteEngine:
             return int(page * count)
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
-
-    def _scrubbed(self) -> bool:
-        counters = dict(self.all("SELECT name, value FROM counters"))
-        return bool(counters["scrubs"] == counters["forgets"])
 
 
 def any_word(text: str) -> str:

@@ -5,7 +5,7 @@
     summaries  every version of the compact memory
     history    what happened to which memory, with the text before a change
     counters   changes and removals (how other processes notice), numbers (never used twice), forgets and scrubs
-    meta       encoder, width, and what the engine keeps
+    meta       encoder, width, what the engine keeps, and notes on a scope: `name number`
 
 An engine (`sqlite_store`, `postgres_store`) brings connections, transactions, vectors and full-text search; `reading`
 has the statements that change nothing.
@@ -22,7 +22,19 @@ from typing import Any
 from palimpsest.errors import PalimpsestError
 from palimpsest.recall.engine import PAGE, Engine
 from palimpsest.recall.memories import NEVER, Forgotten, Memory, New, Scope, State, Summary
-from palimpsest.recall.reading import COLUMNS, inside, listed, memories, scope_numbers, state, summaries
+from palimpsest.recall.reading import (
+    COLUMNS,
+    FREE,
+    PRUNED,
+    inside,
+    listed,
+    memories,
+    note,
+    scope_numbers,
+    state,
+    summaries,
+    texts_before,
+)
 
 
 class MovedError(Exception):
@@ -45,11 +57,13 @@ class Storage:
         merge: bool = False,
         expected: State | None = None,
         versions: Sequence[tuple[str, str]] = (),
+        extractive: bool = True,
     ) -> list[int]:
         """The heads of the memories, durable once returned. `ahead`: how many turns after the last one each happened.
 
-        With `merge`, a current memory of the same scope and text is returned in the place of a second one. Raises
-        `MovedError` where the conversation is no longer in the `expected` state.
+        With `merge`, a current memory of the same scope and text is returned in the place of a second one. `versions`
+        are summaries, `extractive` where they are made of sentences of what was said. Raises `MovedError` where the
+        conversation is no longer in the `expected` state.
         """
         with self.engine.transaction():
             changed = self._bump("changes")
@@ -67,10 +81,10 @@ class Storage:
             ]
             last = max([before.turn, *turns, *(c.turn or 0 for chunks in news for c in chunks)])
             self.engine.all("UPDATE scopes SET turn = ? WHERE number = ?", (last, place))
-            for kind, text in versions:
-                self.engine.all(
-                    "INSERT INTO summaries (scope, kind, turn, text) VALUES (?, ?, ?, ?)", (place, kind, last, text)
-                )
+            sql = "INSERT INTO summaries (scope, kind, turn, text) VALUES (?, ?, ?, ?) RETURNING number"
+            made = [int(self.engine.all(sql, (place, kind, last, text))[0][0]) for kind, text in versions]
+            if made and not extractive and note(self.engine, FREE, place) is None:
+                self._note(FREE, place, made[0])
         return heads
 
     def supersede(self, head: int, chunks: Sequence[New], ended: float, at: float) -> int:
@@ -107,12 +121,14 @@ class Storage:
                 )
                 self._log(event, head, place, at, reason=reason)
 
-    def fade(self, scope: Scope, reasons: Mapping[int, str], carry: float, at: float) -> None:
+    def fade(self, scope: Scope, reasons: Mapping[int, str], carry: float, turn: int, at: float) -> None:
         """Takes chunks out of sight, and keeps the fraction of one that is still due; they stay in the database."""
         numbers = list(reasons)
         with self.engine.transaction():
             changed = self._bump("changes")
-            self.engine.all("UPDATE scopes SET carry = ? WHERE number = ?", (carry, self._place(scope)))
+            place = self._place(scope)
+            self.engine.all("UPDATE scopes SET carry = ? WHERE number = ?", (carry, place))
+            self._note(PRUNED, place, turn)
             self.engine.many(
                 "UPDATE items SET faded = 1, changed = ? WHERE number = ?", [(changed, number) for number in numbers]
             )
@@ -135,27 +151,31 @@ class Storage:
         self,
         reasons: Mapping[int, str],
         at: float,
-        rewrite: Callable[[Summary, Mapping[int, str]], str | None] | None = None,
+        rewrite: Callable[[Summary, Sequence[str]], str | None] | None = None,
     ) -> Forgotten:
         """Deletes memories for good: rows, vectors, words, the texts in their history, and what summaries kept.
 
-        `rewrite(summary, texts)` gives the new text of a summary that may hold some of the texts, or None to drop it.
+        `rewrite(summary, texts)` gives the new text of a summary that may hold some of the texts, or None to drop it. A
+        summary that is not made of sentences of what was said, or comes after one, is dropped in any case.
         """
         rewritten = 0
         with self.engine.transaction():
             self._bump("changes")
             known = self._all_known(list(reasons))
             first: dict[Scope, int] = {}
-            gone: dict[Scope, dict[int, str]] = {}
+            gone: dict[Scope, list[str]] = {}
+            before = texts_before(self.engine, list(known))
             for head, memory in known.items():
                 first[memory.scope] = min(first.get(memory.scope, memory.turn), memory.turn)
-                gone.setdefault(memory.scope, {})[head] = memory.text
+                gone.setdefault(memory.scope, []).extend([memory.text, *before.get(head, [])])
             self._delete(list(known), reasons, at)
             for scope, turn in first.items():
+                free = note(self.engine, FREE, self._place(scope))
                 for summary in summaries(self.engine, scope):
                     if rewrite is None or summary.turn < turn:
                         continue
-                    text = rewrite(summary, gone[scope])
+                    quoted = free is None or summary.number < free
+                    text = rewrite(summary, gone[scope]) if quoted else None
                     if text != summary.text:
                         rewritten += 1
                         if text is None:
@@ -182,6 +202,8 @@ class Storage:
             for table in ("history", "summaries"):
                 self.engine.all(f"DELETE FROM {table} WHERE scope IN ({inner})")
             self.engine.all(f"DELETE FROM scopes WHERE number IN ({inner})")
+            notes = [(f"{name} {place}",) for name in (FREE, PRUNED) for place in covered]
+            self.engine.many("DELETE FROM meta WHERE name = ?", notes)
         self.engine.scrub()
         return len(heads)
 
@@ -203,6 +225,10 @@ class Storage:
         sql = "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value"
         return int(self.engine.all(sql, (by, counter))[0][0])
 
+    def _note(self, name: str, place: int, value: int) -> None:
+        sql = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        self.engine.all(sql, (f"{name} {place}", str(value)))
+
     def _place(self, scope: Scope) -> int:
         """The number of the scope, made where it is new."""
         parts = scope.parts
@@ -219,8 +245,9 @@ class Storage:
     def _same(self, place: int, chunks: Sequence[New], at: float) -> int | None:
         """The head of a current memory of the scope with exactly this text."""
         found = self.engine.all(
-            "SELECT head FROM items WHERE scope = ? AND digest = ? AND faded = 0 AND ended IS NULL "
-            "AND (expires IS NULL OR expires > ?) ORDER BY head LIMIT 1",
+            "SELECT head FROM items WHERE scope = ? AND digest = ? AND ended IS NULL "
+            "AND (expires IS NULL OR expires > ?) AND EXISTS "
+            "(SELECT 1 FROM items AS part WHERE part.head = items.head AND part.faded = 0) ORDER BY head LIMIT 1",
             (place, _digest(chunks), at),
         )
         if not found:
@@ -243,7 +270,7 @@ class Storage:
                 "scope": place,
                 "turn": turn if c.turn is None else c.turn,
             }
-            own |= {"written": at, "successor": None, "last_retrieved": NEVER, "retrieved": 0, "changed": changed}
+            own |= {"written": at, "last_retrieved": NEVER, "retrieved": 0, "changed": changed}
             own |= {"digest": digest if c.part == 0 else None, "cell": None}
             own |= {name: int(getattr(c, name)) for name in ("pinned", "faded")}
             rows.append([own[name] if name in own else getattr(c, name) for name in COLUMNS])

@@ -86,6 +86,8 @@ class VectorIndex:
         if known.any():
             places = np.where(known, np.searchsorted(self["number"], number), 0)
             places[~known] = np.arange(self.size, needed)
+            if not np.array_equal(self._vectors[places[known]], vectors[known]):
+                self._rounded = RoundedVectors(self.width)
         for name, column in self._columns.items():
             column[places] = columns[name]
         self._vectors[places] = vectors
@@ -154,6 +156,13 @@ class VectorIndex:
             if len(found) < limit or found[-1][1] > bound + SLACK or count >= len(rows):
                 return found
             count = min(8 * count, len(rows))  # too close to call: look at more
+
+    def alike(
+        self, query: Float[np.ndarray, " width"], least: float, mask: Bool[np.ndarray, " chunks"]
+    ) -> list[tuple[int, float]]:
+        """Numbers and cosines of all visible chunks with at least that cosine, best first; no cell is left out."""
+        rows = np.flatnonzero(mask & (self.vectors @ query >= least - SLACK))
+        return [pair for pair in self._ranked(query, rows, len(rows)) if pair[1] >= least]
 
     def _ranked(
         self, query: Float[np.ndarray, " width"], rows: Int[np.ndarray, " rows"], limit: int
