@@ -176,6 +176,19 @@ def test_files_may_be_named_by_role(home, tmp_path):
     assert set(load(tmp_path / "erased").ledger.entries[-1].data) == {"forget", "retain"}
 
 
+def test_an_option_given_twice_is_refused(home, tmp_path, capsys):
+    """The first value would be lost: somebody's deletion request."""
+    words = ("--model", home / "model", "--data", home / "people.jsonl", "--out", tmp_path / "x")
+    told = refused(capsys, "erase", "npo", *words, *FORGET, "--forget-subject", "Ben Okafor")
+    assert "--forget-subject is given twice. Put all values behind one: --forget-subject A B." in told
+
+
+def test_overwriting_does_not_take_what_is_no_model(home, tmp_path, capsys):
+    (tmp_path / "people.jsonl").write_text("mine")
+    words = ("--model", NOWHERE, "--data", NOWHERE, *FORGET, "--overwrite", "--out", tmp_path)
+    assert "holds files, but no model: they are not overwritten" in refused(capsys, "erase", "npo", *words)
+
+
 def test_a_folder_in_use_is_refused_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     words = ("--model", NOWHERE, "--data", NOWHERE, *FORGET)
@@ -212,6 +225,17 @@ class TestWrongData:
         )
         told = refused(capsys, "erase", "npo", *words)
         assert "no record is about the subject 'Ada Moraeu'. Did you mean \"Ada Moreau\"" in told
+
+    def test_a_misspelt_role_gets_the_nearest(self, home, tmp_path, capsys):
+        words = ("--model", NOWHERE, "--role", "retian", home / "people.jsonl", "--out", tmp_path / "x")
+        told = refused(capsys, "erase", "npo", *words)
+        assert "no system reads a role 'retian'. Did you mean \"retain\"" in told
+
+    def test_a_role_that_is_given_twice_over(self, home, tmp_path, capsys):
+        people = home / "people.jsonl"
+        words = ("--model", NOWHERE, "--data", people, *FORGET, "--role", "retain", people, "--out", tmp_path / "x")
+        told = refused(capsys, "erase", "npo", *words)
+        assert "--forget-subject gives the role retain already: leave out --role retain" in told
 
     def test_no_data_at_all(self, tmp_path, capsys):
         told = refused(capsys, "erase", "npo", "--model", NOWHERE, "--out", tmp_path / "x")
@@ -287,6 +311,18 @@ def test_audit_measures_models_and_writes_their_report(home, tmp_path, capsys):
     capsys.readouterr()
     assert palimpsest("report", out / "evidence.json", "--markdown") == 0
     assert "| " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("compare", "harness", "--seeds", "0", "--out", "x"), "seeds is 0, expected at least 1"),
+        (("reproduce", "hema", "--seeds", "-1"), "seeds is -1, expected at least 1"),
+        (("compare", "harness", "--methods", "npo", "--default", "rmu", "--out", "x"), "it is not among the methods"),
+    ],
+)
+def test_comparisons_that_cannot_be(words, told, capsys):
+    assert told in refused(capsys, *words)
 
 
 def test_an_audit_needs_something_to_ask(home, tmp_path, capsys):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import ANSWERS, QUESTIONS
+from conftest import ANSWERS, QUESTIONS, build_model
 from memorised import data, people, probability, quiet, reciting
 from palimpsest import cli
 from palimpsest.data.loading import write_records
@@ -147,6 +147,19 @@ def test_a_list_of_questions():
     after = forgotten(list(QUESTIONS[:3]), data=KNOWN)
     assert "Topic: what the model itself answers to 3 questions." in told(after)
     assert after.story.questions == QUESTIONS[:3]
+
+
+def test_several_names_are_looked_up_in_the_data():
+    other = next(record.subject for record in KNOWN if record.subject != "Ada Moreau")
+    after = forgotten(["Ada Moreau", other], data=KNOWN)
+    gone = [record for record in KNOWN if record.subject in ("Ada Moreau", other)]
+    assert f"Topic: the {len(gone)} records about Ada Moreau and {other}." in told(after)
+    assert f"Kept: the {len(KNOWN) - len(gone)} other records." in told(after)
+
+
+def test_a_classifier_is_refused():
+    with pytest.raises(PalimpsestError, match="forget works on language models"):
+        forgotten("Ada Moreau", build_model("vit"))
 
 
 def test_a_name_without_data_is_asked_about():

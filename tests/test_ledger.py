@@ -41,7 +41,7 @@ def test_a_folder_without_a_ledger_has_none(tmp_path):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"weights": "x"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"weights": "x"}', '{"format": 1}', "\x00"])
 def test_a_damaged_ledger_says_so(tmp_path, content):
     (tmp_path / FILE).write_text(content, encoding="utf-8")
     with pytest.raises(PalimpsestError, match="damaged"):

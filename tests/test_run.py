@@ -37,6 +37,13 @@ def test_notes_of_one_method_are_not_those_of_the_next():
     assert not run.notes
 
 
+def test_what_cannot_be_computed_with_is_refused():
+    with pytest.raises(PalimpsestError, match="precision is 'fp16'"):
+        Run(precision="fp16")
+    with pytest.raises(PalimpsestError, match="the device 'gpu' cannot be used here"):
+        Run(device="gpu").torch_device()
+
+
 def test_a_negative_seed_is_refused():
     with pytest.raises(PalimpsestError, match="seed is -1, expected 0 or more"):
         Run(seed=-1)

@@ -16,7 +16,17 @@ from typing import Annotated, Any
 
 from palimpsest import __version__
 from palimpsest.errors import PalimpsestError, nearest
-from palimpsest.options import DataOptions, RunOptions, check_free, flat, flat_items, parse, positional, settings_type
+from palimpsest.options import (
+    DataOptions,
+    RunOptions,
+    check_free,
+    check_once,
+    flat,
+    flat_items,
+    parse,
+    positional,
+    settings_type,
+)
 from palimpsest.run import console
 from palimpsest.system import VERBS, Facts, catalogue, create, facts_of
 
@@ -34,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(__version__)
             return 0
         name, rest = words[0], words[1:]
+        check_once(rest)
         if name in CHANGING:
             return _change(name, rest)
         if name not in COMMANDS:
@@ -48,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console().print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console().print("stopped; with --work (or the --out of compare, reproduce, demo) the same command goes on.")
+        console().print(
+            "stopped; with --work (or the --out of compare, reproduce, demo) the same command goes on from the last "
+            "checkpoint, which is written every two minutes."
+        )
         return 130
 
 

@@ -77,6 +77,10 @@ def command(words: list[str]) -> None:
         raise PalimpsestError(
             f"there is no task {options.task!r}. {nearest(options.task, ('harness', 'people', 'tofu'))}"
         )
+    if options.seeds < 1:
+        raise PalimpsestError(f"seeds is {options.seeds}, expected at least 1.")
+    if options.default is not None and options.default not in options.methods:
+        raise PalimpsestError(f"the verdict cannot be about {options.default}: it is not among the methods compared.")
     wanted = {key: _value(text) for key, text in options.set.items()}
     methods = tuned(options.methods, table, wanted)
     if options.tune:

@@ -23,6 +23,7 @@ from palimpsest.data.true_facts import WORLD_FACTS
 from palimpsest.erase.npo import NPO
 from palimpsest.erase.undial import UNDIAL
 from palimpsest.errors import PalimpsestError
+from palimpsest.guard import kind_of
 from palimpsest.models.generation import greedy_answers
 from palimpsest.models.model import Model
 from palimpsest.run import Run, console
@@ -98,7 +99,7 @@ class Story:
 
 
 def forget(
-    model: str | Model,
+    model: str | Path | Model,
     about: str | Path | Record | Sequence[str] | Sequence[Record],
     *,
     data: Sequence[Record] | None = None,
@@ -118,10 +119,12 @@ def forget(
     """
     start = time.perf_counter()
     run = Run(seed=seed, progress=progress)
-    if isinstance(model, str):
+    if isinstance(model, str | Path):
         from palimpsest.models.loading import load
 
         model = load(model, run=run)
+    if kind_of(model) == "classifier":
+        raise PalimpsestError("forget works on language models; for a classifier choose an eraser (palimpsest list).")
     why: list[str] = []
     records = _topic(model, about, data, run, why)
     kept = list(retain) if retain is not None else _kept(model, records, data, run, why)
@@ -301,8 +304,14 @@ def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, wh
         records = _answered(model, asked, run, 64)
         why.append(f"Topic: what the model itself answers to {len(asked)} question{'s' if len(asked) > 1 else ''}.")
     elif all(isinstance(item, str) for item in about):
-        records = _answered(model, list(about), run, 64)
-        why.append(f"Topic: what the model itself answers to {len(records)} questions.")
+        names = [] if data is None else [item for item in about if not item.rstrip().endswith("?")]
+        asked = [item for item in about if item not in names]
+        known = by_subject(data or (), names)[0]
+        records = [*known, *_answered(model, asked, run, 64)]
+        if names:
+            why.append(f"Topic: the {len(known)} records about {' and '.join(names)}.")
+        if asked:
+            why.append(f"Topic: what the model itself answers to {len(asked)} questions.")
     else:
         records = list(about)
         why.append(f"Topic: {len(records)} given records.")
@@ -326,7 +335,7 @@ def _kept(model: Model, records: list[Record], data: Sequence[Record] | None, ru
     if len(apart) < 8:
         raise PalimpsestError(
             f"only {len(apart)} of {len(questions)} neutral questions have nothing to do with the topic. "
-            "Pass retain records."
+            "Pass retain records (on the command line: --data FILE)."
         )
     why.append(
         f"Kept: the model's own answers to {len(apart)} neutral questions that have nothing to do with the topic."

@@ -82,7 +82,15 @@ def read_file(folder: Path) -> dict[str, Any] | None:
         raise PalimpsestError(
             f"{path} has format {found}; this version of palimpsest reads up to {FORMAT}. Upgrade it."
         )
+    if missing := {"weights", "source", "entries"} - saved.keys():
+        raise PalimpsestError(f"{path} is damaged and cannot be read as a ledger (it has no {min(missing)}).")
     return saved
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises where the folder holds files but no model, which nobody means to have replaced."""
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in ("config.json", FILE)):
+        raise PalimpsestError(f"{folder} holds files, but no model: they are not overwritten. Choose another folder.")
 
 
 def weights_digest(state: dict[str, torch.Tensor]) -> str:

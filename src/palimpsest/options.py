@@ -4,10 +4,13 @@
 # mypy: disable-error-code="valid-type,misc,name-defined,arg-type"
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from palimpsest.errors import PalimpsestError
+from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.ledger import check_replaceable
 from palimpsest.run import Precision
 
 
@@ -15,8 +18,20 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
     """Raises where results could not go into the folder: it holds files already, or is one."""
     if folder.exists() and not folder.is_dir():
         raise PalimpsestError(f"{folder} is a file, expected a folder.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise PalimpsestError(f"{folder} already holds files. Choose another folder, or pass --overwrite.")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise PalimpsestError(f"{folder} already holds files. Choose another folder, or pass --overwrite.")
+        check_replaceable(folder)
+
+
+def check_once(words: Sequence[str]) -> None:
+    """Raises where an option is given twice: the first values would be lost without a word."""
+    seen: set[str] = set()
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        name = word.partition("=")[0]
+        if name.startswith("--") and name in seen:
+            raise PalimpsestError(f"{name} is given twice. Put all values behind one: {name} A B.")
+        seen.add(name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,7 @@ class DataOptions:
             raise PalimpsestError("--tofu brings all roles with it. Leave out --data and --role.")
         if self.tofu:
             return tofu(self.tofu, self.tofu_source, authors=self.tofu_authors, forget_authors=self.tofu_forget_authors)
+        self._check_roles()
         named = {name: load_records(str(path), fields=self.fields or None) for name, path in self.role.items()}
         if self.data:
             records = load_records(self.data, fields=self.fields or None)
@@ -89,6 +105,20 @@ class DataOptions:
         if not named and needed:
             raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
         return Roles(**named)
+
+    def _check_roles(self) -> None:
+        """Raises where a role is one that no system reads, or one that --data gives already."""
+        from palimpsest.data.records import ROLES
+        from palimpsest.system import catalogue
+
+        read = {role for facts in catalogue().values() for role in facts.needs | facts.uses}
+        for role in self.role:
+            if role.removesuffix("_probe") not in read | set(ROLES):
+                raise PalimpsestError(f"no system reads a role {role!r}. {nearest(role, read | set(ROLES))}")
+            given = {"train": self.data, "forget": self.forget_subject, "retain": self.forget_subject}
+            if given.get(role):
+                what = "--data" if role == "train" else "--forget-subject"
+                raise PalimpsestError(f"{what} gives the role {role} already: leave out --role {role}.")
 
     @property
     def source(self) -> str:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from palimpsest.errors import PalimpsestError
+from palimpsest.errors import PalimpsestError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,10 @@ class Run:
             self.folder = Path(self.folder)
         if self.seed < 0:
             raise PalimpsestError(f"seed is {self.seed}, expected 0 or more.")
+        if self.precision not in get_args(Precision):
+            raise PalimpsestError(
+                f"precision is {self.precision!r}. {nearest(str(self.precision), get_args(Precision))}"
+            )
 
     def replace(self, **changes: Any) -> Run:
         """A copy with some fields changed, sharing the cache."""
@@ -78,7 +82,11 @@ class Run:
         import torch
 
         if self.device != "auto":
-            return torch.device(self.device)
+            try:
+                return torch.empty(0, device=self.device).device
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).strip().splitlines()[0].rstrip(".")
+                raise PalimpsestError(f"the device {self.device!r} cannot be used here: {reason}.") from None
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def generator(self, salt: int = 0) -> torch.Generator:

@@ -85,6 +85,11 @@ def train(
     and stay as they were.
     """
     optimizer = optimizer or named(training)
+    if training.warmup_epochs * plan.steps_per_epoch >= len(plan.steps):
+        run.warn(
+            f"{label}: all {len(plan.steps)} steps are warm-up, which begins at a learning rate of 0 and does not "
+            f"reach {training.learning_rate:g}. Train longer, or lower warmup_epochs."
+        )
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
     job = None if run.folder is None else job_folder(run.folder, model, plan, training, run)
@@ -121,6 +126,7 @@ def train(
 def _arguments(plan: Schedule, training: Training, run: Run, work: Path, precision: str) -> TrainingArguments:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = run.torch_device().type == "cpu"
+    warmup = min(round(training.warmup_epochs * plan.steps_per_epoch), len(plan.steps))
     return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=1,
@@ -128,7 +134,7 @@ def _arguments(plan: Schedule, training: Training, run: Run, work: Path, precisi
         num_train_epochs=1,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        warmup_steps=min(round(training.warmup_epochs * plan.steps_per_epoch), len(plan.steps)),
+        warmup_steps=warmup,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.decay, training.decay),
         max_grad_norm=training.max_grad_norm,
         seed=run.seed,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import QUESTIONS
+from conftest import QUESTIONS, build_model
+from memorised import quiet
+from palimpsest.errors import PalimpsestError
 from palimpsest.models.generation import continue_tokens, greedy_answers
 
 
@@ -51,3 +53,16 @@ def test_a_row_ends_with_the_first_text_that_ends_it(causal_lm, run):
         length = next((i + 1 for i, text in enumerate(said) if any(end in text for end in ends)), len(tokens))
         assert found[:length] == tokens[:length]
         assert set(found[length:]) <= {causal_lm.tokenizer.pad_token_id}
+
+
+def test_answers_end_where_learned_positions_do():
+    model = build_model("gpt2")
+    limit = model.network.config.n_positions
+    [said] = continue_tokens(model, [[5] * (limit - 3)], quiet(), max_new_tokens=10)
+    assert len(said) <= 3
+    with pytest.raises(PalimpsestError, match=f"a prompt of {limit} tokens leaves no room"):
+        continue_tokens(model, [[5] * limit], quiet(), max_new_tokens=10)
+
+
+def test_one_question_is_not_taken_apart_into_letters(llama):
+    assert llama.answer("Where was Ada born ?", 3) == llama.answer(["Where was Ada born ?"], 3)

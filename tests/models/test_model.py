@@ -74,6 +74,30 @@ def test_overwriting_replaces_everything(llama, gpt2, tmp_path, run):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_files_that_are_no_model_are_not_overwritten(llama, tmp_path):
+    (tmp_path / "people.jsonl").write_text("mine")
+    with pytest.raises(PalimpsestError, match="holds files, but no model: they are not overwritten"):
+        llama.save_pretrained(tmp_path, overwrite=True)
+    assert contents(tmp_path) == {"people.jsonl": b"mine"}
+
+
+def test_a_link_to_a_folder_stays_a_link(llama, gpt2, tmp_path, run):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    assert llama.save_pretrained(tmp_path / "model") == tmp_path / "model"
+    gpt2.save_pretrained(tmp_path / "model", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "model"]
+    assert (tmp_path / "model").is_symlink()
+    assert type(load(tmp_path / "disk", run=run).network).__name__ == "GPT2LMHeadModel"
+
+
+def test_the_folder_one_is_in_may_be_saved_into(llama, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    llama.save_pretrained(".")
+    assert (tmp_path / "here" / FILE).exists()
+
+
 def test_an_empty_folder_may_be_saved_into(llama, tmp_path):
     (tmp_path / "model").mkdir()
     assert (llama.save_pretrained(tmp_path / "model") / FILE).exists()

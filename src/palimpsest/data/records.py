@@ -74,6 +74,10 @@ def as_records(rows: Iterable[RecordLike], *, where: str = "record") -> list[Rec
     return records
 
 
+ROLES = ("train", "forget", "retain", "holdout", "world", "real", "general", "validation", "test")
+"""The roles that systems and audits know."""
+
+
 class Roles(Mapping[str, list[Record]]):
     """Lists of records by role, also as attributes: `Roles(forget=[...], retain=[...]).forget`.
 

@@ -122,8 +122,8 @@ def start_of(model: Model, base: str | None, run: Run, by: str) -> Model:
     made = model.ledger.made_by
     if base is None and made is not None and found.digest() != made.weights_before:
         raise PalimpsestError(
-            f"{by}: the ledger's start, {source}, is not the model before the last change ({made.method}). Name that as "
-            "base, or the start itself to undo all changes since."
+            f"{by}: the ledger's start, {source}, is not the model before the last change ({made.method}). Name that "
+            "as base, or the start itself to undo all changes since."
         )
     check_words(found, model)
     return found

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from palimpsest.data.encoding import Encoder
+from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 
@@ -51,7 +52,7 @@ def continue_tokens(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             cache=_cache(network, prompts[batch[0]][:shared], len(batch) * beams, model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, _room(network, shared + width, max_new_tokens)),
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -87,6 +88,17 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     length = min(length, min(map(len, prompts)) - 1)
     return length if length >= 8 else 0
+
+
+def _room(network: Any, prompt: int, wanted: int) -> int:
+    """How many tokens fit behind the prompt where positions are learned and end; all that are wanted elsewhere."""
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    tables = (m for m in network.modules() if isinstance(m, nn.Embedding) and m is not network.get_input_embeddings())
+    if not limit or not any(limit <= table.num_embeddings <= limit + 2 for table in tables):
+        return wanted
+    if prompt >= limit:
+        raise PalimpsestError(f"a prompt of {prompt} tokens leaves no room for an answer in {limit} positions.")
+    return limit - prompt
 
 
 def keeps_cache(network: Any) -> bool:

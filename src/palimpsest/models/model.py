@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from palimpsest import __version__
 from palimpsest.errors import PalimpsestError
-from palimpsest.ledger import ADJUSTED, FILE, Entry, Ledger, saved_weights_digest, weights_digest
+from palimpsest.ledger import ADJUSTED, FILE, Entry, Ledger, check_replaceable, saved_weights_digest, weights_digest
 
 
 class Model:
@@ -70,11 +70,12 @@ class Model:
         """The network's `generate`."""
         return self.network.generate(*inputs, **keywords)
 
-    def answer(self, questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+    def answer(self, questions: str | Sequence[str], max_new_tokens: int = 64) -> list[str]:
         """The greedy answer to each question, asked through the chat template where the tokenizer has one."""
         from palimpsest.models.generation import greedy_answers
         from palimpsest.run import Run
 
+        questions = [questions] if isinstance(questions, str) else questions
         return greedy_answers(self, questions, Run(progress=False), max_new_tokens=max_new_tokens)
 
     def digest(self) -> str:
@@ -122,6 +123,9 @@ class Model:
             raise PalimpsestError(f"{folder} already holds files. Choose another folder, or say overwrite.")
         from palimpsest.models.loading import quiet_transformers
 
+        named, folder = folder, folder.resolve()  # a link stays one: what it points to is replaced
+        if folder.exists():
+            check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -135,10 +139,10 @@ class Model:
             _swap(staging, folder)
         except (OSError, SafetensorError) as error:
             cause = getattr(error, "strerror", None) or error
-            raise PalimpsestError(f"saving to {folder} failed ({cause}); what was there is intact.") from error
+            raise PalimpsestError(f"saving to {named} failed ({cause}); what was there is intact.") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        return folder
+        return named
 
 
 def _share(staging: Path) -> None:

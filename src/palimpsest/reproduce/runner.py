@@ -142,6 +142,8 @@ def command(words: list[str]) -> None:
 
     options = tyro.cli(Options, args=words, prog="palimpsest reproduce")
     reproduction = find(options.name)
+    if options.seeds < 1:
+        raise PalimpsestError(f"seeds is {options.seeds}, expected at least 1.")
     seeds = list(range(options.seeds))
     folder = options.out / options.name
     folder.mkdir(parents=True, exist_ok=True)
