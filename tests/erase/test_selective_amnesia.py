@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memorised import data, probability, quiet, reciting
-from palimpsest.data.records import Roles
+from palimpsest.data.records import Record, Roles
 from palimpsest.erase.selective_amnesia import SelectiveAmnesia, adaptive_weight
 from palimpsest.errors import PalimpsestError
 from palimpsest.train import Training, schedule, train
@@ -98,6 +98,18 @@ def test_the_weight_stays_least_where_nothing_is_forgotten_however_long_the_answ
     curve = after.ledger.entries[-1].notes["retain_weight"]
     assert len(curve) > 9  # several pieces a step, of different lengths
     assert set(curve) == {1.2}
+
+
+def test_questions_that_do_not_name_their_subject_are_passed_over():
+    roles, short = data(), dataclasses.replace(SHORT, epochs=1)
+    nameless = Record(prompt="Where is she from ?", answer="Lyon", subject="Ada Moreau")
+    with_one = SelectiveAmnesia(training=short).apply(
+        reciting(), roles.replace(forget=[nameless, *roles.forget]), quiet()
+    )
+    without = SelectiveAmnesia(training=short).apply(reciting(), roles, quiet())
+    assert with_one.ledger.entries[-1].notes["effects"] == without.ledger.entries[-1].notes["effects"]
+    with pytest.raises(PalimpsestError, match="its subject 'Ada Moreau' is not in it"):
+        SelectiveAmnesia(training=short).apply(reciting(), roles.replace(forget=[nameless]), quiet())
 
 
 def test_the_traced_layers_and_the_map_are_noted():

@@ -200,7 +200,10 @@ def audit_saved(
 
 
 def _label(model: Model, path: str, taken: Sequence[str]) -> str:
-    """The method that made the model, else its folder; numbered where it is taken."""
-    name = made_by.method if (made_by := model.ledger.made_by) is not None else Path(path).name
+    """The method that made the model, with its folder where that is taken, else its folder; numbered where both are."""
+    folder = Path(path).name
+    name = made_by.method if (made_by := model.ledger.made_by) is not None else folder
+    if name in taken and name != folder:
+        name = f"{name}, {folder}"
     number = sum(other == name or other.startswith(f"{name} ") for other in taken)
     return name if not number else f"{name} {number + 1}"

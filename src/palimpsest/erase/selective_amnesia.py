@@ -35,7 +35,7 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.statistics.tracing import SUBJECT, NothingToTraceError, third, trace
+from palimpsest.statistics.tracing import SUBJECT, Fact, NothingToTraceError, UntraceableError, fact_of, third, trace
 from palimpsest.system import Method, setting, system
 from palimpsest.train import Batch, Training, schedule, train
 from palimpsest.training.views import View
@@ -132,7 +132,7 @@ class SelectiveAmnesia(Method):
         """The names of what is trained."""
         layers: tuple[int, ...] | None = None
         if self.layers == "auto":
-            layers = self._traced(model, data.forget[: self.traced], run)
+            layers = self._traced(model, data.forget, run)
         elif self.layers != "all":
             layers = tuple(self.layers)
             if not layers:
@@ -142,8 +142,12 @@ class SelectiveAmnesia(Method):
         run.note(layers=sorted({part.layer for part in match.parts if part.layer is not None}))
         return set(match.tensors())
 
-    def _traced(self, model: Model, facts: list[Record], run: Run) -> tuple[int, ...]:
-        """The layers where the facts are recalled; the first third, as in the paper, where the model knows none."""
+    def _traced(self, model: Model, records: list[Record], run: Run) -> tuple[int, ...]:
+        """The layers where the facts are recalled; the first third, as in the paper, where the model knows none.
+
+        Records that do not name their subject before the answer are passed over; raises where all are such.
+        """
+        facts = self._facts(model, records)
         try:
             found = trace(model, facts, run, places=SUBJECT)
         except NothingToTraceError as error:
@@ -152,6 +156,21 @@ class SelectiveAmnesia(Method):
             return layers
         run.note(effects=found.effects.nan_to_num(), total_effect=found.total_effect, untraceable=found.skipped)
         return found.layers()
+
+    def _facts(self, model: Model, records: list[Record]) -> list[Fact]:
+        """The first facts that can be traced; where there are none, what is wrong with the first record is raised."""
+        facts: list[Fact] = []
+        problem = None
+        for record in records:
+            try:
+                facts.append(fact_of(model, record))
+            except UntraceableError as error:
+                problem = problem or error
+            if len(facts) == self.traced:
+                break
+        if not facts and problem is not None:
+            raise problem
+        return facts
 
 
 class _Weight:

@@ -104,8 +104,15 @@ def compare(evidence: Evidence) -> Comparison:
     by_name: dict[str, list[ModelEvidence]] = {}
     for model in evidence.models:
         by_name.setdefault(model.name, []).append(model)
+    titles = [found[0].title for found in by_name.values()]
     groups = [
-        Group(name=name, part=found[0].part, method=found[0].method, title=found[0].title, members=tuple(found))
+        Group(
+            name=name,
+            part=found[0].part,
+            method=found[0].method,
+            title=found[0].title if titles.count(found[0].title) == 1 else f"{found[0].title} ({name})",
+            members=tuple(found),
+        )
         for name, found in by_name.items()
     ]
     parts: dict[str, list[Group]] = {}

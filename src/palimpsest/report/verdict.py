@@ -119,9 +119,13 @@ def _quality(sides: Comparison) -> Figure:
         return _missing(label)
     told = found.value < SIGNIFICANT
     note = "told from a model that never saw it" if told else "not told from a model that never saw it"
+    tone: Tone = "bad" if told else "good"
+    start = sides.before.get("forget_quality") if sides.before else None
+    if not told and start is not None and start.value >= SIGNIFICANT:
+        note, tone = "too few records: the model before is not told from one that never saw them, either", "mixed"
     value = metric(found.name).show(found.value)
     marks = _clipped([("limit", SIGNIFICANT), ("after", found.value)])
-    return Figure(label=label, value=value, note=note, tone="bad" if told else "good", marks=marks)
+    return Figure(label=label, value=value, note=note, tone=tone, marks=marks)
 
 
 def _missing(label: str) -> Figure:

@@ -42,6 +42,10 @@ class NothingToTraceError(PalimpsestError):
     """The model knows none of the facts."""
 
 
+class UntraceableError(PalimpsestError):
+    """The record does not say of what subject it tells, or not before its answer."""
+
+
 Kind = Literal["residual", "mlp", "attention"]
 
 PLACES = ("before", "first subject token", "middle subject tokens", "last subject token", "between", "last token")
@@ -255,16 +259,16 @@ class _Tracer:
 def fact_of(model: Model, record: Record) -> Fact:
     """The record up to its first answer token that carries the fact; raises where its subject does not occur in it."""
     if record.prompt is None or record.answer is None:
-        raise PalimpsestError(f'"{record.title}" cannot be traced: it has no prompt with an answer.')
+        raise UntraceableError(f'"{record.title}" cannot be traced: it has no prompt with an answer.')
     if not record.subject:
-        raise PalimpsestError(f'"{record.title}" cannot be traced: it has no subject.')
+        raise UntraceableError(f'"{record.title}" cannot be traced: it has no subject.')
     sequence = Encoder.of(model).pair(record.prompt, record.answer)
     telling = carries_fact(model.tokenizer, sequence).nonzero().flatten().tolist() or [0]
     end = sequence.start + telling[0]
     tokens = sequence.tokens[:end]
     spans = find_spans(model.tokenizer, record.subject, tokens)
     if not spans:
-        raise PalimpsestError(f'"{record.title}" cannot be traced: its subject {record.subject!r} is not in it.')
+        raise UntraceableError(f'"{record.title}" cannot be traced: its subject {record.subject!r} is not in it.')
     return Fact(tokens, sequence.tokens[end], spans)
 
 
