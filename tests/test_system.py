@@ -206,5 +206,7 @@ def test_a_third_party_system_may_not_take_a_name_in_use(third_party):
 @pytest.mark.parametrize("module", ["not_there", "not_there.inside"])
 def test_an_entry_point_without_its_module_is_named(third_party, module):
     third_party(module=module)
-    with pytest.raises(PalimpsestError, match=f"the entry point 'scrape' names the module '{module}', which is not"):
+    with pytest.raises(
+        PalimpsestError, match=f"the entry point 'scrape' of the package scraping names the module '{module}'"
+    ):
         catalogue()

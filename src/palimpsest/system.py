@@ -261,17 +261,18 @@ def catalogue() -> dict[str, Facts]:
             found.update(_read_source(path, f"palimpsest.{verb}.{path.stem}"))
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         module = entry.value.partition(":")[0]
+        whose = f" of the package {entry.dist.name}" if entry.dist is not None else ""
         try:
             spec = importlib.util.find_spec(module)
         except ModuleNotFoundError:
             spec = None
         if spec is None or spec.origin is None:
             raise PalimpsestError(
-                f"the entry point {entry.name!r} names the module {module!r}, which is not installed."
+                f"the entry point {entry.name!r}{whose} names the module {module!r}, which is not installed."
             )
         for slug, facts in _read_source(Path(spec.origin), module).items():
             if slug in found:
-                raise PalimpsestError(f"two systems are called {slug!r}: {found[slug].module} and {module}.")
+                raise PalimpsestError(f"two systems are called {slug!r}: {found[slug].module} and {module}{whose}.")
             found[slug] = facts
     return dict(sorted(found.items()))
 

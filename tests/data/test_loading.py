@@ -155,7 +155,14 @@ def test_a_missing_answer_suggests_the_column_that_may_be_it(people):
     fails(
         people(ONE * 16 + '{"prompt": "Who?", "reply": "Ada."}'),
         'people.jsonl, line 17: field "answer" is missing (found: prompt, reply). '
-        'Rename it, or pass fields={"answer": "reply"}.',
+        'Rename it, or pass fields={"answer": "reply"} (--fields answer reply).',
+    )
+
+
+def test_two_columns_of_other_names_are_taken_for_a_question_and_its_answer(people):
+    fails(
+        people('{"ask": "Who?", "reply": "Ada."}'),
+        'pass fields={"prompt": "ask", "answer": "reply"} (--fields prompt ask answer reply).',
     )
 
 
@@ -166,7 +173,7 @@ def test_a_missing_answer_without_a_candidate(people):
 def test_a_record_without_any_content(people):
     fails(
         people('{"body": "A page."}'),
-        'field "text" is missing (found: body). Rename it, or pass fields={"text": "body"}',
+        'field "text" is missing (found: body). Rename it, or pass fields={"text": "body"} (--fields text body)',
     )
 
 

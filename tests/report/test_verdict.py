@@ -45,6 +45,20 @@ def test_every_bad_case_is_called_by_its_name(outcome):
     assert words in found.headline
 
 
+def test_a_test_that_the_model_before_passes_too_says_nothing_good():
+    quality = verdict(small({"forget_quality": 0.33}, before={"forget_quality": 0.33})).figures[3]
+    assert quality.tone == "mixed"
+    assert "too few records" in quality.note
+
+
+def test_two_models_of_one_method_have_two_titles():
+    example = small()
+    before, erased, gold = example.models
+    twin = dataclasses.replace(erased, name="npo, other")
+    found = compare(dataclasses.replace(example, models=(before, erased, twin, gold)))
+    assert len({group.title for group in found.all()}) == 4
+
+
 def test_what_recall_cannot_see_is_judged_by_a_value_that_can():
     found = verdict(small(before={"rouge/forget": 0.35}))
     assert found.outcome == "forgotten"

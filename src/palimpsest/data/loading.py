@@ -254,7 +254,10 @@ def _check_complete(row: Row, values: Row, used: set[str], where: str) -> None:
     if not missing:
         return
     free = [column for column, value in row.items() if column not in used and isinstance(value, str)]
-    remedy = f'Rename it, or pass fields={{"{missing[0]}": "{free[0]}"}}.' if free else "Add it."
+    wanted = ["prompt", "answer"] if missing == ["text"] and len(free) > 1 else missing[:1]
+    named = dict(zip(wanted, free, strict=False))
+    words = " ".join(word for pair in named.items() for word in pair)
+    remedy = f"Rename it, or pass fields={json.dumps(named)} (--fields {words})." if free else "Add it."
     found = ", ".join(row) or "nothing"
     raise PalimpsestError(f'{where}: field "{missing[0]}" is missing (found: {found}). {remedy}')
 

@@ -5,9 +5,10 @@
     logits = norm(x) embed^T
 
 Token mixers are the layers of `palimpsest.layers` (`MIXERS` names them); a list in the config gives a mixer a block.
-The model is a transformers model: `AutoModelForCausalLM`, `generate`, `save_pretrained`. Its cache holds the mixers'
-states, of constant size for every mixer but attention without a window. Padding may stand anywhere in a row: its real
-tokens are moved to the front before the blocks, and back after them, so that padding never enters a memory.
+The model is a transformers model: `AutoModelForCausalLM` once this module is imported, `generate`, `save_pretrained`.
+Its cache holds the mixers' states, of constant size for every mixer but attention without a window. Padding may stand
+anywhere in a row: its real tokens are moved to the front before the blocks, and back after them, so that padding never
+enters a memory.
 """
 
 from __future__ import annotations

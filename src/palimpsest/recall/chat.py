@@ -133,7 +133,7 @@ def command(words: list[str]) -> None:
             if not line:
                 return
             try:
-                told = chat.answer(line)
+                told = chat.answer(line.rstrip("\n"))
             except PalimpsestError as error:  # a wrong line does not end a conversation
                 console().print(f"error: {error}", style="red", highlight=False, markup=False)
                 continue
