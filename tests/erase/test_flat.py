@@ -129,7 +129,7 @@ def test_its_notes_show_critic_and_weights_of_every_step():
 def test_a_template_that_is_never_learned_is_said():
     roles = Roles(forget=data().forget)
     after = FLAT(templates=("The cat sat on the mat .",), training=Training(epochs=1)).apply(reciting(), roles, quiet())
-    assert "did not learn to give them" in after.ledger.entries[-1].notes["warnings"][0]
+    assert any("did not learn to give them" in text for text in after.ledger.entries[-1].notes["warnings"])
 
 
 def test_it_stops_where_enough_is_forgotten():
