@@ -76,6 +76,13 @@ def test_a_step_is_the_same_however_it_is_cut(make_objective):
     torch.testing.assert_close(final_cut, final, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(1, True), (2, False)])
+def test_a_training_that_is_all_warm_up_is_said(llama, epochs, said):
+    run = quiet()
+    learn(llama, Training(epochs=epochs, warmup_epochs=1.0), run)
+    assert any("steps are warm-up" in text for text in run.notes.get("warnings", [])) == said
+
+
 def test_the_loss_of_a_step_is_what_transformers_returns_for_the_batch(llama):
     training = Training(learning_rate=1e-12, epochs=1, batch_size=8, micro_tokens=40)
     plan = schedule(llama, training, quiet(), records=RECORDS)
