@@ -35,7 +35,6 @@ from palimpsest.models.generation import keeps_cache
 from palimpsest.models.hooks import Call, watch
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.training.precision import precision_of
 
 
 class NothingToTraceError(PalimpsestError):
@@ -130,7 +129,7 @@ def trace(
 
     `window` layers around each are put back together (one for `residual`); 0 means one. Facts whose answer token the
     model does not predict are skipped and counted. Raises where a subject is not in its sentence, or no fact is left.
-    Every token costs a forward pass over the rest of the sentence for each layer and sample, in the run's precision.
+    Every token costs a forward pass over the rest of the sentence for each layer and sample.
     """
     network = model.network.eval()
     modules = _modules(network, kind)
@@ -145,13 +144,11 @@ def trace(
     effects = torch.zeros(len(PLACES), len(modules), dtype=torch.float64)
     counts = torch.zeros(len(PLACES), 1, dtype=torch.float64)
     clean, corrupted = [], []
-    half = precision_of(run, network) == "bfloat16"
     for fact in run.track(known, "tracing"):
         tracer = _Tracer(network, modules, fact, level, samples, width, run, model.device)
         rows = fact.places()
         traced = torch.isin(rows, torch.tensor([PLACES.index(place) for place in places])).nonzero()[:, 0]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            effects.index_add_(0, rows[traced], tracer.effects(traced))
+        effects.index_add_(0, rows[traced], tracer.effects(traced))
         counts.index_add_(0, rows[traced], torch.ones(len(traced), 1, dtype=torch.float64))
         clean.append(tracer.p_clean)
         corrupted.append(tracer.p_corrupted)
