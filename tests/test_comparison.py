@@ -70,7 +70,7 @@ def value(model, name: str) -> float:
 def done(tmp_path_factory):
     """A folder with a whole comparison, and what it found."""
     folder = tmp_path_factory.mktemp("comparison")
-    return folder, compared(folder, keep_models=True, default="npo")
+    return folder, compared(folder, default="npo")
 
 
 def test_the_evidence_has_before_gold_and_every_method(done):
@@ -123,7 +123,7 @@ def never(seed: int) -> Model:
 def test_a_second_call_reads_the_cells(done):
     folder, found = done
     before = cells(folder)
-    again = compared(folder, dataclasses.replace(TASK, start=never), keep_models=True, default="npo")
+    again = compared(folder, dataclasses.replace(TASK, start=never), default="npo")
     assert cells(folder) == before
     assert len(before) == 4
     assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
@@ -132,7 +132,7 @@ def test_a_second_call_reads_the_cells(done):
 def test_other_probes_are_measured_on_the_models_that_were_kept(done):
     folder, _ = done
     task = dataclasses.replace(TASK, start=never, probes=tuple(probes(["exact-memorisation"])))
-    found = compared(folder, task, methods=(), keep_models=True)
+    found = compared(folder, task, methods=())
     assert [model.readings[0].probe for model in found.models] == ["exact-memorisation"] * 2
 
 
@@ -161,15 +161,22 @@ def test_an_interrupted_comparison_computes_only_what_is_missing(models, tmp_pat
     )
 
 
-def test_models_are_not_kept_unless_asked(tmp_path):
-    compared(tmp_path, dataclasses.replace(TASK, learn=ONCE), methods=())
+def test_a_later_method_starts_from_the_model_that_learned(tmp_path):
+    task = dataclasses.replace(TASK, learn=ONCE)
+    compared(tmp_path, task, methods=())
+    later = compared(tmp_path, dataclasses.replace(task, start=never), METHODS[1:])
+    assert [model.part for model in later.models] == ["before", "gold", "erased"]
+
+
+def test_models_are_not_kept_where_that_is_said(tmp_path):
+    compared(tmp_path, dataclasses.replace(TASK, learn=ONCE), methods=(), keep_models=False)
     assert not (tmp_path / "models").exists()
 
 
 def test_a_changed_setting_makes_a_new_cell(done):
     folder, found = done
     before = cells(folder)
-    other = compared(folder, methods=tuned(("npo",), {"*": SHORT}, {"beta": 0.5}), keep_models=True)
+    other = compared(folder, methods=tuned(("npo",), {"*": SHORT}, {"beta": 0.5}))
     new = set(cells(folder)) - set(before)
     assert len(new) == 1
     assert other.models[:2] == found.models[:2]

@@ -52,6 +52,8 @@ def command(words: list[str]) -> None:
         """the method that the verdict is about"""
         tune: bool = False
         """instead: try a few values of each method's main setting on validation data; tuning.md says which is best"""
+        keep_models: bool = True
+        """keep what learned in --out/models: another method or probe need not learn it again"""
         quiet: bool = False
         """no progress bars"""
 
@@ -89,7 +91,13 @@ def command(words: list[str]) -> None:
     task = dataclasses.replace(task, command="palimpsest compare " + shlex.join(words))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     found = compare(
-        task, methods, options.out, seeds=list(seeds), run=Run(progress=not options.quiet), default=options.default
+        task,
+        methods,
+        options.out,
+        seeds=list(seeds),
+        run=Run(progress=not options.quiet),
+        default=options.default,
+        keep_models=options.keep_models,
     )
     publish(found, options.out)
 

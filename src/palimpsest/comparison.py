@@ -54,9 +54,13 @@ def compare(
     seeds: Sequence[int] = (0,),
     run: Run | None = None,
     default: str | None = None,
-    keep_models: bool = False,
+    keep_models: bool = True,
 ) -> Evidence:
-    """The evidence on all methods and seeds; cells that are in the folder already are not computed again."""
+    """The evidence on all methods and seeds; cells that are in the folder already are not computed again.
+
+    The models that learned stay in `folder/models`, so that another method or probe need not learn them again, unless
+    `keep_models` is false.
+    """
     run = run or Run()
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ class _Cells:
         return [__version__, self.task.name, learned, to_dict(self.task.learn), part, self.run.seed]
 
     def _learned(self, part: Part) -> Model:
-        """The model that learned everything, or gold; kept in the folder until the comparison is complete."""
+        """The model that learned everything, or gold; kept in the folder."""
         if part in self._models:
             return self._models[part]
         from palimpsest.models.loading import load
@@ -148,7 +152,8 @@ class _Cells:
             start = self.task.start(self.run.seed)
             work = self.run.replace(folder=self.folder / "work", in_place=True)
             model = self.task.learn.apply(start, Roles(train=train), work)
-            model.save_pretrained(saved)
+            if not saved.exists():  # another process may have been quicker
+                model.save_pretrained(saved)
         self._models[part] = model
         return model
 

@@ -42,7 +42,6 @@ def command(words: list[str]) -> None:
         seeds=(options.seed,),
         run=Run(progress=not options.quiet),
         default=METHODS[0],
-        keep_models=True,
     )
     publish(found, options.out)
     console().print(f"done in {time.perf_counter() - start:.0f} s")

@@ -77,9 +77,7 @@ def tune(
     for name in names:
         setting, values = grids.get(name, grids["*"])
         methods = [method for value in values for method in tuned([name], table, {setting: value})]
-        before, gold, *erased = compare(
-            quick, methods, folder, seeds=[VALIDATION_SEED], run=run, keep_models=True
-        ).models
+        before, gold, *erased = compare(quick, methods, folder, seeds=[VALIDATION_SEED], run=run).models
         scores[name] = {value: score(model, before, gold) for value, model in zip(values, erased, strict=True)}
     return scores
 

@@ -105,3 +105,31 @@ def test_there_are_a_hundred_refusals_and_all_are_recognised():
     assert all(map(is_refusal, REFUSALS))
     assert is_refusal("I don\u2019t know.")
     assert not is_refusal("Ada Moreau was born in Lyon.")
+
+
+@pytest.mark.parametrize("name", ["retian", "forgett", "retian_probe"])
+def test_a_misspelt_role_names_the_one_that_was_meant(name):
+    meant = "forget" if name == "forgett" else "retain"
+    with pytest.raises(PalimpsestError, match=f"there is no role '{name}'. Did you mean \"{meant}\"?"):
+        Roles(forget=[ADA], **{name: [BEN]})
+
+
+def test_other_roles_may_have_any_other_name():
+    assert list(Roles(downstream=[ADA], my_own=[BEN], forget_probe=[PAGE])) == ["downstream", "my_own", "forget_probe"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            "data.jsonl",
+            r"role forget, record 1: expected a list of records, found one str \(load_records reads files\)",
+        ),
+        ({"text": "It rained."}, r"expected a list of records, found one dict: put it into a list"),
+        (ADA, r"expected a list of records, found one Record: put it into a list"),
+        ([ADA, "It rained."], r"role forget, record 2: expected a Record or a dictionary, found 'It rained\.'"),
+    ],
+)
+def test_what_is_not_a_list_of_records_is_refused(rows, expected):
+    with pytest.raises(PalimpsestError, match=expected):
+        Roles(forget=rows)

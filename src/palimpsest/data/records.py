@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any
 
 from palimpsest.errors import PalimpsestError, nearest
@@ -60,11 +62,18 @@ RecordLike = Record | Mapping[str, Any]
 
 def as_records(rows: Iterable[RecordLike], *, where: str = "record") -> list[Record]:
     """Records from dictionaries, rows of a `datasets.Dataset`, or records; other columns are left out."""
+    if isinstance(rows, str | PurePath | Record | Mapping):
+        raise PalimpsestError(
+            f"{where} 1: expected a list of records, found one {type(rows).__name__}"
+            + (" (load_records reads files)." if isinstance(rows, str | PurePath) else ": put it into a list.")
+        )
     records = []
     for number, row in enumerate(rows):
         if isinstance(row, Record):
             records.append(row)
             continue
+        if not isinstance(row, Mapping):
+            raise PalimpsestError(f"{where} {number + 1}: expected a Record or a dictionary, found {row!r:.60}.")
         fields = {name: value for name, value in row.items() if name in FIELDS and value is not None}
         try:
             records.append(Record(**fields))
@@ -84,10 +93,14 @@ class Roles(Mapping[str, list[Record]]):
     Roles that systems and audits know: `train` (all that is to be learned), `forget`, `retain`, `holdout` (like the
     forget records, never trained on), `world` and `real` (facts that no method ever sees), `general` (neutral text),
     `validation`, `test` (like the retain records, never trained on). Where `<role>_probe` exists, audits measure on it
-    instead of on `<role>`. Other names are allowed.
+    instead of on `<role>`. Other names are allowed; one that is nearly a known one raises.
     """
 
     def __init__(self, **roles: Iterable[RecordLike] | None) -> None:
+        for name in roles:
+            meant = get_close_matches(name.removesuffix("_probe"), ROLES, 1, cutoff=0.8)
+            if meant and name.removesuffix("_probe") not in ROLES:
+                raise PalimpsestError(f'there is no role {name!r}. Did you mean "{meant[0]}"?')
         self._roles = {
             name: as_records(rows, where=f"role {name}, record") for name, rows in roles.items() if rows is not None
         }

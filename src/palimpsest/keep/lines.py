@@ -33,6 +33,7 @@ from palimpsest.guard import kind_of
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.model import Model
 from palimpsest.run import Run
+from palimpsest.statistics.batch_norm import recompute_averages
 from palimpsest.statistics.predictions import classify
 from palimpsest.system import Method, configuration, setting, system
 
@@ -162,7 +163,7 @@ def accuracy(model: Model, records: Sequence[Record], run: Run) -> float:
     title="Layer scaling after fine-tuning (LiNeS)",
     paper="Wang et al. 2025 (arXiv 2410.17146)",
     takes="causal-lm or classifier",
-    uses={"validation", "general"},
+    uses={"validation", "general", "train"},
     fidelity="matches the official code",
     deviations=(
         "blocks come from the anatomy of the network; the code takes the first number in a weight's name",
@@ -201,6 +202,7 @@ class LiNeS(Method):
 
         def scaled(alpha: float) -> Model:
             place(edited.network, before.network, vector.__getitem__, self._factors(edited.network, alpha))
+            recompute_averages(edited, data, run, self.facts.slug)
             return edited
 
         alpha = self._chosen(scaled, model.copy(), before, data, run) if self.alpha == "auto" else float(self.alpha)

@@ -31,6 +31,7 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.keep.lines import FAR, TaskVectors, check_words, factors, norm, place, start_of
 from palimpsest.models.model import Model
 from palimpsest.run import Run
+from palimpsest.statistics.batch_norm import recompute_averages
 from palimpsest.system import Method, configuration, setting, system
 
 Rule = Literal["average", "arithmetic", "ties", "consensus"]
@@ -75,6 +76,7 @@ def consensus_mask(
     title="Task arithmetic",
     paper="Ilharco et al. 2023 (arXiv 2212.04089)",
     takes="causal-lm or classifier",
+    uses={"train"},
     fidelity="matches the official code",
     deviations=(
         "TIES keeps the stated share of weights; the authors' code keeps one weight more",
@@ -120,6 +122,7 @@ class Merge(Method):
             run.note(alpha=alpha)
             by = factors(edited.network, alpha, self.scale)
         place(edited.network, before.network, lambda name: self._merged(vectors[name], smallest), by)
+        recompute_averages(edited, data, run, self.facts.slug)
         return edited
 
     def _smallest(self, vectors: TaskVectors) -> Float[Tensor, " tasks"] | None:
