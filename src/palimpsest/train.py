@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from palimpsest.errors import PalimpsestError
 from palimpsest.models.loading import quiet_transformers
 from palimpsest.models.model import Model
 from palimpsest.run import Run
-from palimpsest.training.checkpoints import COMPLETE, job_folder, last_good
+from palimpsest.training.checkpoints import COMPLETE, job_folder, last_good, remember, remembered
 from palimpsest.training.low_rank import named
 from palimpsest.training.precision import measured_precision, precision_of
 from palimpsest.training.schedule import Drawn, Micro, Schedule, alternated, schedule
@@ -71,13 +71,15 @@ def train(
     trainable: Callable[[str], bool] | None = None,
     optimizer: MakeOptimizer | None = None,
     stop: Stop | None = None,
+    memory: dict[str, Any] | None = None,
     label: str = "training",
 ) -> Model:
     """A model trained to minimise the objective; the given one is unchanged unless `run.in_place`.
 
-    `watch` names a module whose output becomes `View.hidden`; `trainable` chooses parameters by name; `stop`, or else
-    `run.stop`, is asked after every step. Raises where the loss stops being a number, naming the step and the last good
-    checkpoint.
+    `watch` names a module whose output becomes `View.hidden`; `trainable` chooses parameters by name; `stop` and
+    `run.stop` are asked after every step. What the objective or `stop` must remember from one step to the next goes
+    into `memory`, JSON values by name: it is saved with every checkpoint and put back with it. Raises where the loss
+    stops being a number, naming the step and the last good checkpoint.
 
     In the mode `train`, dropout is active, and batch normalisation uses the statistics of the micro-batch, role by
     role, and moves its running averages, which are saved with the model; the result then depends on how steps are cut
@@ -93,6 +95,7 @@ def train(
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
     job = None if run.folder is None else job_folder(run.folder, model, plan, training, run)
+    memory = {} if memory is None else memory
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.seeded())
         stack.enter_context(_only(network, trainable, training))
@@ -100,6 +103,9 @@ def train(
         stack.callback(_leave_mixed_precision, learner)
         work = job or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-")))
         advance = stack.enter_context(run.bar(label, len(plan.steps)))
+        checkpoint = last_good(work) if run.resume else None
+        asked = [each for each in (stop, run.stop) if each is not None]
+        watcher = _Watch(student, asked, memory, advance, run.checkpoint_seconds if job is not None else math.inf)
         loop = _Loop(
             plan,
             objective,
@@ -109,12 +115,12 @@ def train(
             model=learner,
             args=_arguments(plan, training, run, work, precision_of(run, network)),
             optimizers=(optimizer(learner, training) if optimizer is not None else None, None),
-            callbacks=[
-                _Watch(student, stop or run.stop, advance, run.checkpoint_seconds if job is not None else math.inf)
-            ],
+            callbacks=[watcher],
         )
         loop.remove_callback(PrinterCallback)
-        loop.train(resume_from_checkpoint=last_good(work) if run.resume else None)
+        if checkpoint is not None:
+            memory.update(remembered(checkpoint, loop.args.process_index))
+        loop.train(resume_from_checkpoint=checkpoint)
         trained: Any = loop.accelerator.unwrap_model(loop.model)
     student.network = trained.merge_and_unload().requires_grad_(True) if training.lora_rank else trained
     student.network.eval()
@@ -208,28 +214,40 @@ class _Loop(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """After every step: shows progress, asks whether to stop, and saves when `every` seconds have passed."""
+    """After every step: shows progress, asks each `stop`, and saves when `every` seconds have passed."""
 
-    def __init__(self, student: Model, stop: Stop | None, advance: Callable[..., None], every: float) -> None:
+    def __init__(
+        self,
+        student: Model,
+        stops: Sequence[Stop],
+        memory: Mapping[str, Any],
+        advance: Callable[..., None],
+        every: float,
+    ) -> None:
         self.student = student
-        self.stop = stop
+        self.stops = stops
+        self.memory = memory
         self.advance = advance
         self.every = every
         self.saved = time.monotonic()
         self.shown = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Asks for a checkpoint where one is due, and for the end where `stop` says so."""
+        """Asks for a checkpoint where one is due, and for the end where a `stop` says so."""
         if time.monotonic() - self.saved >= self.every:
             control.should_save = state.global_step < state.max_steps
             self.saved = time.monotonic()
-        if self.stop is not None and self.stop(state.global_step, self.student):
+        asked = [stop(state.global_step, self.student) for stop in self.stops]  # every one sees every step
+        if any(asked):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Makes the checkpoint one that `load` takes, and marks it as written to its end."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        remember(self.memory, checkpoint, args.process_index)
+        if args.world_size > 1:
+            torch.distributed.barrier()
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if self.student.processor is not None:
                 self.student.processor.save_pretrained(checkpoint)
             (checkpoint / COMPLETE).touch()

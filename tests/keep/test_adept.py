@@ -119,24 +119,6 @@ def test_norms_are_not_decayed():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [SHORT.weight_decay, 0.0]
 
 
-def test_a_killed_run_goes_on_with_the_rates_it_had(tmp_path):
-    method = Adept(layers=(1,), refresh=3, training=SHORT)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(step: int, model: object) -> bool:
-        if step == 8:
-            raise KilledError
-        return False
-
-    base = build_model("llama")
-    with pytest.raises(KilledError):
-        method.apply(base, roles(), quiet(folder=tmp_path, checkpoint_seconds=0, stop=kill))
-    again = method.apply(base, roles(), quiet(folder=tmp_path, checkpoint_seconds=0))
-    assert again.digest() == method.apply(base, roles(), quiet()).digest()
-
-
 def test_blocks_are_chosen_by_what_general_text_loses():
     model = build_model("llama")
     for name in ("self_attn.o_proj", "mlp.down_proj"):

@@ -72,24 +72,6 @@ def test_the_end_mark_is_learned(base):
     assert int(made(ids).logits[0, -1].argmax()) == base.tokenizer.eos_token_id
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path):
-    method = TrainLM(**SMALL)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(step: int, model: object) -> bool:
-        if step == 7:
-            raise KilledError
-        return False
-
-    data = Roles(train=TEXTS)
-    with pytest.raises(KilledError):
-        method.apply(base, data, quiet(folder=tmp_path, checkpoint_seconds=0, stop=kill))
-    again = method.apply(base, data, quiet(folder=tmp_path, checkpoint_seconds=0))
-    assert again.digest() == method.apply(base, data, quiet()).digest()
-
-
 def test_a_tokenizer_of_its_own_can_be_made_from_the_texts(base):
     made = TrainLM(**SMALL | {"corpus": Corpus(vocabulary=400)}).apply(base, Roles(train=TEXTS), quiet())
     assert made.network.config.vocab_size == len(made.tokenizer) <= 400

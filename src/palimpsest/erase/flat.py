@@ -141,10 +141,9 @@ class FLAT(Method):
 
         def after_step(step: int, student: Model) -> bool:
             curve.end_step()
-            asked = run.stop is not None and run.stop(step, student)
-            return asked or (self.enough is not None and curve.forget[-1] < self.enough)
+            return self.enough is not None and curve.memory["forget"][-1] < self.enough
 
-        result = train(model, plan, objective, self.training, run, stop=after_step)
+        result = train(model, plan, objective, self.training, run, stop=after_step, memory=curve.memory)
         curve.report(run, self.divergence)
         return result
 
@@ -154,26 +153,26 @@ class _Curve:
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []
-        self.template: list[float] = []
-        self.forget: list[float] = []
+        self.memory: dict[str, list[float]] = {"template": [], "forget": []}
 
     def add(self, template: Float[Tensor, " batch"], forget: Float[Tensor, " batch"]) -> None:
         self.parts.append((template, forget))
 
     def end_step(self) -> None:
         template, forget = (torch.cat(values) for values in zip(*self.parts, strict=True))
-        self.template.append(float(template.mean()))
-        self.forget.append(float(forget.mean()))
+        self.memory["template"].append(float(template.mean()))
+        self.memory["forget"].append(float(forget.mean()))
         self.parts = []
 
     def report(self, run: Run, divergence: Divergence) -> None:
-        pulls = [weights(e, f, divergence) for e, f in zip(self.template, self.forget, strict=True)]
-        run.note(template_probability=self.template, forget_probability=self.forget)
+        template, forget = self.memory["template"], self.memory["forget"]
+        pulls = [weights(e, f, divergence) for e, f in zip(template, forget, strict=True)]
+        run.note(template_probability=template, forget_probability=forget)
         run.note(template_weight=[e for e, _ in pulls], forget_weight=[f for _, f in pulls])
-        if self.template and self.template[-1] - self.template[0] < BARELY:
+        if template and template[-1] - template[0] < BARELY:
             run.warn(
-                f"flat: the mean token probability of the template answers went from {self.template[0]:.3f} to "
-                f"{self.template[-1]:.3f}; the model did not learn to give them."
+                f"flat: the mean token probability of the template answers went from {template[0]:.3f} to "
+                f"{template[-1]:.3f}; the model did not learn to give them."
             )
 
 

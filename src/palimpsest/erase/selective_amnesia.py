@@ -24,7 +24,7 @@ every part of a step has its own.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -106,7 +106,8 @@ class SelectiveAmnesia(Method):
         chosen = self._parameters(model, data, run)
         plan = schedule(model, self.training, run, pooled=True, forget=data.forget, retain=data.retain)
         cap = self.cap or math.log(model.network.config.get_text_config().vocab_size)
-        weight = _Weight(self, plan.steps_per_epoch)
+        memory: dict[str, Any] = {"step": 0, "first": {}, "curve": []}
+        weight = _Weight(self, memory, plan.steps_per_epoch)
 
         def objective(batch: Batch) -> Float[Tensor, ""]:
             loss = torch.zeros((), device=model.device)
@@ -117,15 +118,20 @@ class SelectiveAmnesia(Method):
             return loss
 
         def after_step(step: int, student: Model) -> bool:
-            weight.step = step
-            return run.stop is not None and run.stop(step, student)
+            memory["step"] = step
+            return False
 
-        # The weight remembers the first epoch, which a checkpoint does not: work that was killed begins anew.
-        anew = run.replace(resume=False)
         result = train(
-            model, plan, objective, self.training, anew, trainable=lambda name: name in chosen, stop=after_step
+            model,
+            plan,
+            objective,
+            self.training,
+            run,
+            trainable=chosen.__contains__,
+            stop=after_step,
+            memory=memory,
         )
-        run.note(retain_weight=weight.curve)
+        run.note(retain_weight=memory["curve"])
         return result
 
     def _parameters(self, model: Model, data: Roles, run: Run) -> set[str]:
@@ -174,22 +180,22 @@ class SelectiveAmnesia(Method):
 
 
 class _Weight:
-    """alpha of one micro-batch after the other, from its retain loss and that of the same items in the first epoch."""
+    """alpha of one micro-batch after the other, from its retain loss and that of the same items in the first epoch.
 
-    def __init__(self, method: SelectiveAmnesia, first_epoch: int) -> None:
-        self.method, self.first_epoch = method, first_epoch
-        self.step = 0
-        self.first: dict[int, float] = {}
-        self.curve: list[float] = []
+    `memory` holds the steps that are done, the loss of each item in the first epoch, and alpha so far.
+    """
+
+    def __init__(self, method: SelectiveAmnesia, memory: dict[str, Any], first_epoch: int) -> None:
+        self.method, self.memory, self.first_epoch = method, memory, first_epoch
 
     def of(self, retain: View) -> float:
-        m, nll = self.method, retain.nll.detach()
-        items = retain.index.tolist()
+        m, nll, first = self.method, retain.nll.detach(), self.memory["first"]
+        items = [str(item) for item in retain.index.tolist()]
         alpha = m.least
-        if self.step < self.first_epoch:
-            self.first |= dict(zip(items, nll.tolist(), strict=True))
+        if self.memory["step"] < self.first_epoch:
+            first.update(zip(items, nll.tolist(), strict=True))
         elif m.adaptive:
-            delta = (float(nll.sum()) - sum(self.first[i] for i in items)) / float(retain.count.sum())
+            delta = (float(nll.sum()) - sum(first[item] for item in items)) / float(retain.count.sum())
             alpha = adaptive_weight(delta, m.base, m.scale, m.shift, m.least, m.most, m.decimals)
-        self.curve.append(alpha)
+        self.memory["curve"].append(alpha)
         return alpha

@@ -160,7 +160,8 @@ class Adept(Method):
         run.note(parameters_before=before, parameters=student.parameters)
         optimizer = UnitAdamW(units, self.training)
         plan = schedule(student, self.training, run, train=data.train)
-        return train(
+        memory: dict[str, Any] = {"rates": []}
+        trained = train(
             student,
             plan,
             lambda batch: batch.train.cross_entropy,
@@ -168,9 +169,13 @@ class Adept(Method):
             run.replace(in_place=True),
             trainable=units.__contains__,
             optimizer=lambda network, training: optimizer,
-            stop=self._refreshing(optimizer, units, probe, run) if self.unit_rates else None,
+            stop=self._refreshing(optimizer, units, probe, memory) if self.unit_rates else None,
+            memory=memory,
             label="learning",
         )
+        if memory["rates"]:
+            run.note(unit_rates=memory["rates"])
+        return trained
 
     def _chosen(self, model: Model, probe: Sequence[Record], run: Run) -> list[int]:
         if self.layers is not None:
@@ -184,17 +189,19 @@ class Adept(Method):
         return chosen_layers(importance.tolist(), k, self.choice)
 
     def _refreshing(
-        self, optimizer: UnitAdamW, units: Mapping[str, nn.Parameter], probe: Sequence[Record], run: Run
+        self,
+        optimizer: UnitAdamW,
+        units: Mapping[str, nn.Parameter],
+        probe: Sequence[Record],
+        memory: dict[str, Any],
     ) -> Any:
-        """Measures the units anew every `refresh` steps, and asks the run's own question."""
-        rates: list[list[float]] = []
+        """Measures the units anew every `refresh` steps."""
 
         def stop(step: int, model: Model) -> bool:
             if step % self.refresh == 0:
                 examples = Examples(model, probe, self.training.max_length, role="general")
                 optimizer.set(multipliers(unit_importance(model, units, examples, self.probe_batch)))
-                rates.append([group["multiplier"] for group in optimizer.param_groups])
-                run.note(unit_rates=rates)
-            return bool(run.stop is not None and run.stop(step, model))
+                memory["rates"].append([group["multiplier"] for group in optimizer.param_groups])
+            return False
 
         return stop

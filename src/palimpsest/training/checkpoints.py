@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -25,6 +27,16 @@ def job_folder(folder: Path, model: Model, plan: Schedule, training: Training, r
         shutil.rmtree(job, ignore_errors=True)
     job.mkdir(parents=True, exist_ok=True)
     return job
+
+
+def remember(memory: Mapping[str, Any], checkpoint: Path, process: int) -> None:
+    """Writes into the checkpoint what a method's own functions must know to go on from it."""
+    (checkpoint / f"memory-{process}.json").write_text(json.dumps(memory), encoding="utf-8")
+
+
+def remembered(checkpoint: str, process: int) -> dict[str, Any]:
+    """What this process wrote there."""
+    return json.loads((Path(checkpoint) / f"memory-{process}.json").read_text(encoding="utf-8"))
 
 
 def last_good(job: Path) -> str | None:

@@ -133,12 +133,15 @@ def trained_memory(
     student = Model(network, processor).to(run.torch_device())
     learned, measured = _split(student, data, corpus)
     plan = schedule(student, training, run, train=learned)
+    memory: dict[str, Any] = {"perplexity": []}
     trained = train(
         student,
         plan,
         lambda batch: batch.train.cross_entropy + network.penalty(),
         training,
-        run.replace(in_place=True, stop=_watch(measured, len(plan.steps), run)),
+        run.replace(in_place=True),
+        stop=_watch(measured, len(plan.steps), memory, run),
+        memory=memory,
         label=f"training {mixer}",
     )
     run.note(tokens=sum(len(window.targets) for window in learned) * training.epochs, parameters=trained.parameters)
@@ -171,16 +174,15 @@ def _split(model: Model, data: Roles, corpus: Corpus) -> tuple[list[Encoded], li
     return learned[:kept], learned[kept:]
 
 
-def _watch(measured: Sequence[Encoded], steps: int, run: Run, points: int = 10) -> Any:
-    """Measures perplexity at a few steps, the last among them; asks the run's own question, too."""
+def _watch(measured: Sequence[Encoded], steps: int, memory: dict[str, Any], run: Run, points: int = 10) -> Any:
+    """Measures perplexity at a few steps, the last among them."""
     at = {round(steps * (i + 1) / points) for i in range(points)}
-    curve: list[float] = []
 
     def stop(step: int, model: Model) -> bool:
         if measured and step in at:
             with torch.random.fork_rng(devices=[]):
-                curve.append(perplexity(model, measured, run))
-            run.note(validation_perplexity=list(curve), final_perplexity=curve[-1])
-        return bool(run.stop is not None and run.stop(step, model))
+                memory["perplexity"].append(perplexity(model, measured, run))
+            run.note(validation_perplexity=memory["perplexity"], final_perplexity=memory["perplexity"][-1])
+        return False
 
     return stop
