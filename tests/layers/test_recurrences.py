@@ -80,3 +80,14 @@ def test_half_precision_inputs_keep_a_single_precision_memory():
     x = Inputs(*(None if t is None else t.bfloat16() for t in inputs("gated-delta")))
     out, end = chunk_recurrence(x, memory(x).float(), 4)
     assert (out.dtype, end.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_precision_does_not_reach_the_memory(rule):
+    x = Inputs(*(None if t is None else t.float() for t in inputs(rule)))
+    start = memory(x).float()
+    plain, end = chunk_recurrence(x, start, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, mixed_end = chunk_recurrence(x, start, 4)
+    assert torch.equal(plain, mixed)
+    assert torch.equal(end, mixed_end)

@@ -88,27 +88,28 @@ def run_chunks(
     The chunks come in the order of time: the first `steps[0]` of them begin their memories, the next `steps[1]` come
     after these, and so on, each memory at most once a step.
     """
-    dtype = memories.dtype
-    q, k, v = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype)
-    g, decay = _decays(x, dtype)
-    if x.beta is not None:
-        beta = x.beta.to(dtype)[..., None]
-        wrong = (beta * decay * (k @ k.mT)).tril(-1)  # the triangular solver takes the unit diagonal as given
-        right = torch.cat([beta * v, beta * g[..., None] * k], -1)
-        solved = torch.linalg.solve_triangular(wrong, right, upper=False, unitriangular=True)
-        v, reads = solved.split([v.shape[-1], k.shape[-1]], -1)
-    else:
-        reads = torch.zeros_like(k)
-    into, end = decay[..., -1, :, None] * k, g[..., -1, None, None]
-    begun, written = [], []
-    for at, u, read, key, kept in zip(*(x.split(steps) for x in (row, v, reads, into, end)), strict=True):
-        memory = memories[at]
-        u = u if x.beta is None else u - read @ memory
-        begun.append(memory)
-        written.append(u)
-        memories = memories.index_copy(0, at, kept * memory + key.mT @ u)
-    out = g[..., None] * (q @ torch.cat(begun)) + ((q @ k.mT) * decay) @ torch.cat(written)
-    return out.to(x.q.dtype), memories
+    with torch.autocast(memories.device.type, enabled=False):  # mixed precision would round what memories hold
+        dtype = memories.dtype
+        q, k, v = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype)
+        g, decay = _decays(x, dtype)
+        if x.beta is not None:
+            beta = x.beta.to(dtype)[..., None]
+            wrong = (beta * decay * (k @ k.mT)).tril(-1)  # the triangular solver takes the unit diagonal as given
+            right = torch.cat([beta * v, beta * g[..., None] * k], -1)
+            solved = torch.linalg.solve_triangular(wrong, right, upper=False, unitriangular=True)
+            v, reads = solved.split([v.shape[-1], k.shape[-1]], -1)
+        else:
+            reads = torch.zeros_like(k)
+        into, end = decay[..., -1, :, None] * k, g[..., -1, None, None]
+        begun, written = [], []
+        for at, u, read, key, kept in zip(*(x.split(steps) for x in (row, v, reads, into, end)), strict=True):
+            memory = memories[at]
+            u = u if x.beta is None else u - read @ memory
+            begun.append(memory)
+            written.append(u)
+            memories = memories.index_copy(0, at, kept * memory + key.mT @ u)
+        out = g[..., None] * (q @ torch.cat(begun)) + ((q @ k.mT) * decay) @ torch.cat(written)
+        return out.to(x.q.dtype), memories
 
 
 def _decays(x: Inputs, dtype: torch.dtype) -> tuple[Float[Tensor, "n h c"], Float[Tensor, "n h c c"]]:
