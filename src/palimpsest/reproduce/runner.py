@@ -72,12 +72,13 @@ def names() -> list[str]:
     """Everything that can be reproduced."""
     import palimpsest.reproduce as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in HELPERS)
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)} - set(HELPERS)
+    return sorted(module.replace("_", "-") for module in modules)
 
 
 def find(name: str) -> Reproduction:
     """The reproduction of that name; an unknown one raises."""
-    if name.replace("-", "_") not in names():
+    if name not in names():
         raise PalimpsestError(f"there is no reproduction {name!r}. {nearest(name, names())}")
     return importlib.import_module(f"palimpsest.reproduce.{name.replace('-', '_')}").REPRODUCTION
 
@@ -141,11 +142,12 @@ def command(words: list[str]) -> None:
         """no progress bars"""
 
     options = tyro.cli(Options, args=words, prog="palimpsest reproduce")
-    reproduction = find(options.name)
+    name = options.name.replace("_", "-")
+    reproduction = find(name)
     if options.seeds < 1:
         raise PalimpsestError(f"seeds is {options.seeds}, expected at least 1.")
     seeds = list(range(options.seeds))
-    folder = options.out / options.name
+    folder = options.out / name
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     outcome = reproduction.measure(seeds, folder, Run(progress=not options.quiet))
