@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -397,20 +399,57 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from test_train import build_model, learn, quiet
 
+assert os.environ["WORLD_SIZE"] == "2"
 result = learn(build_model("llama"))
-if os.environ.get("RANK", "0") == "0":
+if os.environ["RANK"] == "0":
     result.save_pretrained({folder!r})
 """
+
+
+def in_two_processes(script: Path, **options: Any) -> int:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(launch, timeout=110, env=environment, check=False, **options).returncode
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(llama, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(DISTRIBUTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "model")))
-    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines"]
-    options = ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script]
-    subprocess.run([*launch, *options], check=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert in_two_processes(script) == 0
     torch.testing.assert_close(weights(load(tmp_path / "model")), weights(learn(llama)), rtol=0, atol=1e-4)
+
+
+RESUMED = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_train import KilledError, build_model, learn, quiet
+
+rank, folder = int(os.environ["RANK"]), Path({folder!r})
+killed = not (folder / "checkpoints").exists()
+memory = {{"seen": []}}
+
+def stop(step, student):
+    memory["seen"].append([rank, step])
+    if killed and step == 4:
+        raise KilledError
+    return rank == 1 and step == 5
+
+learn(build_model("llama"), run=quiet(folder=folder, checkpoint_seconds=0), stop=stop, memory=memory)
+(folder / f"seen-{{rank}}.json").write_text(json.dumps(memory["seen"]))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_remembers_its_own_and_all_stop_where_one_does(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(RESUMED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    assert in_two_processes(script, stderr=subprocess.DEVNULL) != 0
+    assert in_two_processes(script) == 0
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen-{rank}.json").read_text())
+        assert seen == [[rank, step] for step in range(1, 6)]
 
 
 def test_nothing_of_a_training_stays_in_memory(llama):

@@ -234,12 +234,12 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Asks for a checkpoint where one is due, and for the end where a `stop` says so."""
-        if time.monotonic() - self.saved >= self.every:
+        asked = [stop(state.global_step, self.student) for stop in self.stops]  # every one sees every step
+        due, ended = _any_process([time.monotonic() - self.saved >= self.every, any(asked)], args)
+        if due:
             control.should_save = state.global_step < state.max_steps
             self.saved = time.monotonic()
-        asked = [stop(state.global_step, self.student) for stop in self.stops]  # every one sees every step
-        if any(asked):
-            control.should_training_stop = True
+        control.should_training_stop = control.should_training_stop or ended
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Makes the checkpoint one that `load` takes, and marks it as written to its end."""
@@ -260,6 +260,15 @@ class _Watch(TrainerCallback):
             raise _diverged("gradient norm", norm, state.global_step, args)
         self.advance(state.global_step - self.shown, f"loss {logs['loss']:.4f}")
         self.shown = state.global_step
+
+
+def _any_process(flags: list[bool], args: TrainingArguments) -> list[bool]:
+    """Which of the flags any process has set: all of them must save, and stop, at the same step."""
+    if args.world_size == 1:
+        return flags
+    found = torch.tensor(flags, dtype=torch.int, device=args.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.bool().tolist()
 
 
 def _diverged(what: str, value: float, step: int, args: TrainingArguments) -> PalimpsestError:
