@@ -6,6 +6,7 @@ compared where the same share of texts is still recited, interpolated. The sweep
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from palimpsest.audit.reading import Reading, mean_value
 from palimpsest.audit.recitation import Recitation
 from palimpsest.comparison import Task, compare
 from palimpsest.data.records import Record, Roles
+from palimpsest.erase.balanced_subnet import BalancedSubnet
 from palimpsest.erase.gradient_ascent import GradientAscent
 from palimpsest.erase.loss_curvature import LossCurvature
 from palimpsest.models.model import Model
@@ -42,6 +44,7 @@ SHARES = {
     "magnitude": (0.4, 0.3, 0.25, 0.2),
 }
 ASCENT = (3e-4, 3.5e-4, 4e-4, 5e-4)
+RATIOS, RETAIN_WEIGHT = (0.015, 0.03, 0.05, 0.1), 0.05
 VALUES = {value for values in ATTRIBUTES.values() for value in values}
 FRAME = {"the", "of", "is", "has", "as", "."}
 COLUMNS = ("recited", "distance", "facts", "capitals", "frame")
@@ -112,6 +115,10 @@ def _curves() -> dict[str, list[Method]]:
     curves["gradient ascent on the texts"] = [
         GradientAscent(training=Training(learning_rate=rate, micro_tokens=4096, **steps))  # type: ignore[arg-type]
         for rate in ASCENT
+    ]
+    learned = dataclasses.replace(BalancedSubnet().training, micro_tokens=4096)
+    curves["balanced subnet, told which"] = [
+        BalancedSubnet(ratio=ratio, retain_weight=RETAIN_WEIGHT, training=learned) for ratio in RATIOS
     ]
     return curves
 
