@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from conftest import SENTENCES, build_model
 from memorised import data, quiet, reciting
 from palimpsest.data.records import Record, Roles
+from palimpsest.erase.balanced_subnet import BalancedSubnet
 from palimpsest.erase.flat import FLAT
 from palimpsest.erase.llmu import LLMU
 from palimpsest.erase.npo import NPO
 from palimpsest.erase.scrub import SCRUB
 from palimpsest.erase.selective_amnesia import SelectiveAmnesia
+from palimpsest.erase.seuf import SEUF
 from palimpsest.erase.uld import ULD
+from palimpsest.erase.whp import WHP
 from palimpsest.fit.galore import GaLore
 from palimpsest.keep.adept import Adept
 from palimpsest.train import Training
@@ -81,3 +86,40 @@ def test_every_method_asks_the_run_whether_to_stop(name):
         quiet(stop=lambda step, _: steps.append(step) or step == 2),
     )
     assert steps == [1, 2]
+
+
+def test_the_second_training_of_a_method_does_not_take_up_the_first_ones_place(tmp_path):
+    """WHP trains twice on the same records, here with the same settings."""
+    calls: list[int] = []
+
+    def late(step: int, model: object) -> bool:
+        calls.append(step)
+        if len(calls) == 8 + 6:
+            raise KilledError
+        return False
+
+    method, roles = WHP(alpha=30.0, reinforce=SHORT, training=SHORT), data()
+    run = quiet(folder=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(KilledError):
+        method.apply(reciting(), roles, run.replace(stop=late))
+    resumed = method.apply(reciting(), roles, run)
+    assert resumed.digest() == method.apply(reciting(), roles, quiet()).digest()
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (SEUF(training=SHORT, attribution_tokens=100), "moe"),
+        (BalancedSubnet(training=SHORT), "llama"),
+        (NPO(training=dataclasses.replace(SHORT, lora_rank=2)), "llama"),
+    ],
+    ids=["seuf", "balanced-subnet", "low rank"],
+)
+def test_a_model_that_was_worked_on_in_place_is_whole_after_an_interruption(method, kind):
+    model = build_model(kind)
+    names = [name for name, _ in model.network.named_parameters()]
+    with pytest.raises(KilledError):
+        method.apply(model, data(), quiet(in_place=True, stop=at(2)))
+    assert [name for name, _ in model.network.named_parameters()] == names
+    assert all(weight.requires_grad for weight in model.network.parameters())
+    assert not any(module.training for module in model.network.modules())

@@ -1,7 +1,8 @@
-"""What holds for every method: inputs are checked before any work, the seed is set, the ledger says what was done."""
+"""What holds for every method and probe: checked inputs, the seed, evaluation mode, and a ledger of what was done."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from palimpsest.models.model import Model
 
 Apply = Callable[..., Any]
+Measure = Callable[..., Any]
 
 
 def guarded_apply(apply: Apply) -> Apply:
@@ -25,12 +27,14 @@ def guarded_apply(apply: Apply) -> Apply:
 
     @functools.wraps(apply)
     def guarded(self: Any, model: Model, data: Roles, run: Run | None = None) -> Model:
+        from palimpsest.statistics.examples import evaluating
+
         run = run or Run()
         run = run.replace(notes={}, job=json.dumps([run.job, slug_of(self), to_dict(self)], sort_keys=True))
         check_inputs(self.facts, slug_of(self), model, data)
         before = model.digest()
         history = model.ledger
-        with stopwatch() as cost, run.seeded():
+        with stopwatch() as cost, run.seeded(), evaluating(model.network):
             result = apply(self, model, data, run)
         entry = Entry(
             method=slug_of(self),
@@ -47,6 +51,24 @@ def guarded_apply(apply: Apply) -> Apply:
         result.ledger = history.add(entry)
         result.network.eval()
         return result
+
+    return guarded
+
+
+def guarded_measure(measure: Measure) -> Measure:
+    """`measure` in evaluation mode; all models are in the mode they were in afterwards."""
+
+    @functools.wraps(measure)
+    def guarded(
+        self: Any, model: Model, data: Roles, run: Run, gold: Model | None = None, **others: Model | None
+    ) -> Any:
+        from palimpsest.statistics.examples import evaluating
+
+        with contextlib.ExitStack() as stack:
+            for each in (model, gold, *others.values()):
+                if each is not None:
+                    stack.enter_context(evaluating(each.network))
+            return measure(self, model, data, run, gold, **others)
 
     return guarded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -97,12 +98,20 @@ class Run:
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """Global random state set from the seed inside, and put back afterwards."""
+        """Global random state of torch, numpy and Python set from the seed inside, and put back afterwards."""
+        import numpy as np
         import torch
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            yield
+        drawn = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                np.random.seed(self.seed % 2**32)
+                random.seed(self.seed)
+                yield
+        finally:
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """The items, with a progress bar that shows an estimate of the time left."""

@@ -208,6 +208,10 @@ def system(slug: str, **facts: Any) -> Callable[[T], T]:
             from palimpsest.guard import guarded_apply
 
             setattr(cls, "apply", guarded_apply(cls.apply))  # noqa: B010
+        if issubclass(cls, Probe):
+            from palimpsest.guard import guarded_measure
+
+            setattr(cls, "measure", guarded_measure(cls.measure))  # noqa: B010
         return settings(cls)
 
     return register

@@ -94,12 +94,13 @@ def train(
         )
     student = model if run.in_place else model.copy()
     network = student.network.to(run.torch_device())
-    job = None if run.folder is None else job_folder(run.folder, model, plan, training, run)
+    job = None if run.folder is None else job_folder(run.folder, model, plan, training, run, label)
     memory = {} if memory is None else memory
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.seeded())
         stack.enter_context(_only(network, trainable, training))
-        learner = _with_adapters(network, training) if training.lora_rank else network
+        stack.callback(network.eval)
+        learner = stack.enter_context(_with_adapters(network, training))
         stack.callback(_leave_mixed_precision, learner)
         work = job or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-")))
         advance = stack.enter_context(run.bar(label, len(plan.steps)))
@@ -123,7 +124,6 @@ def train(
         loop.train(resume_from_checkpoint=checkpoint)
         trained: Any = loop.accelerator.unwrap_model(loop.model)
     student.network = trained.merge_and_unload().requires_grad_(True) if training.lora_rank else trained
-    student.network.eval()
     if job is not None:
         shutil.rmtree(job, ignore_errors=True)
     return student
@@ -308,7 +308,12 @@ def _leave_mixed_precision(network: nn.Module) -> None:
         vars(network).pop(name, None)
 
 
-def _with_adapters(network: Any, training: Training) -> Any:
+@contextlib.contextmanager
+def _with_adapters(network: Any, training: Training) -> Iterator[Any]:
+    """The network, with adapters where they are wanted; they come off again where training does not reach its end."""
+    if not training.lora_rank:
+        yield network
+        return
     from peft import LoraConfig, get_peft_model
 
     scale: Any = training.lora_alpha or 2 * training.lora_rank
@@ -322,6 +327,11 @@ def _with_adapters(network: Any, training: Training) -> Any:
         target_modules=named if convolves else "all-linear",
     )
     try:
-        return get_peft_model(network, config)
+        learner = get_peft_model(network, config)
     except ValueError as error:
         raise PalimpsestError(f"{type(network).__name__} cannot get such adapters: {error}") from error
+    try:
+        yield learner
+    except BaseException:
+        learner.unload().requires_grad_(True)
+        raise

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import zlib
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from memorised import data, gold, people, quiet, reciting
 from palimpsest.audit import answers as answers_module
+from palimpsest.audit import muse_memory
+from palimpsest.audit.answer_probability import probabilities
 from palimpsest.audit.answers import answers, generated, scored
 from palimpsest.audit.battery import Audit, audit, probes
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.hooks import no_hooks_left
+from palimpsest.models.model import Model
 from palimpsest.statistics import likelihood
 from palimpsest.system import Probe, catalogue, create
 from palimpsest.train import Training
@@ -385,3 +391,34 @@ def test_the_truth_ratio_needs_wrong_answers(llama):
 def test_privleak_without_gold_says_what_it_takes_instead(llama):
     reading = create("privleak").measure(llama, roles(), quiet())
     assert reading.caveats == ("PrivLeak takes 0.5 as the gold AUC, since no gold model was given",)
+
+
+def test_each_record_is_measured_by_what_it_has_itself():
+    """A record without options next to multiple choice does not change how the others are measured."""
+    model, choice = reciting(), [dataclasses.replace(record, paraphrase=None) for record in people()[:4]]
+    plain = dataclasses.replace(choice[0], wrong=())
+    together = probabilities(model, [*choice, plain], quiet())
+    assert together[:4] == pytest.approx(probabilities(model, choice, quiet()))
+    assert together[4] == pytest.approx(float(probabilities(model, [plain], quiet())[0]))
+
+
+def test_zlib_of_a_chat_is_that_of_its_last_turn():
+    model = reciting()
+    model = Model(model.network, build_tokenizer(chat=True))
+    turns = [({"role": "user", "content": r.prompt}, {"role": "assistant", "content": r.answer}) for r in people()]
+    chats = [Record(messages=turn) for turn in turns]
+    found = create("membership", gradients=False).measure(model, Roles(forget=chats[:8], holdout=chats[8:]), quiet())
+    sizes = [len(zlib.compress((r.answer or "").encode())) for r in people()[:8]]
+    assert np.array(found.arrays["loss/forget"]) / found.arrays["zlib/forget"] == pytest.approx(sizes)
+
+
+def test_a_question_is_asked_without_an_end_mark(monkeypatch):
+    model = Model(reciting().network, build_tokenizer())
+    model.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    asked = []
+    monkeypatch.setattr(muse_memory, "continue_tokens", lambda model, ids, *_, **__: asked.extend(ids) or ids)
+    create("knowledge-memory", shots=0).measure(model, Roles(forget=people()[:3]), quiet())
+    assert len(asked) == 3
+    assert all(ids[0] == 1 and ids[-1] != 2 for ids in asked)

@@ -226,3 +226,17 @@ def test_bad_input(moe, llama):
         SHORT.apply(moe, data().replace(retain=None), quiet())
     with pytest.raises(PalimpsestError, match="no routed experts"):
         routing_overlap(llama, moe, data().forget, quiet())
+
+
+@pytest.mark.parametrize("method", ["selective-amnesia", "balanced-subnet", "retrain", "uld", "whp-decode", "seuf"])
+def test_erasers_that_do_not_train_what_they_are_given_are_refused(method):
+    with pytest.raises(PalimpsestError, match="expected an eraser that trains the weights it is given"):
+        SEUF(method=method)
+
+
+def test_steps_without_forget_answers_have_no_anchor(moe):
+    short = dataclasses.replace(TRAINING, max_steps=None, epochs=2)
+    for method, told in (("scrub", False), ("po", True)):
+        after = SEUF(method=method, training=short).apply(moe, data(), quiet())
+        warnings = after.ledger.entries[-1].notes["warnings"]
+        assert any("the anchor never acted" in text for text in warnings) == told

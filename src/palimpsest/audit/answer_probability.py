@@ -26,10 +26,15 @@ from palimpsest.system import Probe, system
 
 def probabilities(model: Model, records: list[Record], run: Run) -> np.ndarray:
     """P of each record's answer, or its share among the options where the record is multiple choice."""
-    if all(record.wrong and record.paraphrase is None for record in records):
-        right, wrong = alternatives(model, records, run)
-        return np.array([share(r.mean_nll, [w.mean_nll for w in ws]) for r, ws in zip(right, wrong, strict=True)])
-    return np.exp([-answer.mean_nll for answer in answers(model, records, run)])
+    chosen = np.array([bool(record.wrong and record.prompt) and record.paraphrase is None for record in records])
+    found = np.empty(len(records))
+    if chosen.any():
+        right, wrong = alternatives(model, [records[i] for i in np.flatnonzero(chosen)], run)
+        found[chosen] = [share(r.mean_nll, [w.mean_nll for w in ws]) for r, ws in zip(right, wrong, strict=True)]
+    if not chosen.all():
+        told = answers(model, [records[i] for i in np.flatnonzero(~chosen)], run)
+        found[~chosen] = np.exp([-answer.mean_nll for answer in told])
+    return found
 
 
 def share(right: float, wrong: list[float]) -> float:

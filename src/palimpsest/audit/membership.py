@@ -75,6 +75,11 @@ def gradient_norms(model: Model, records: list[Record], run: Run) -> np.ndarray:
     return statistics.gradient_norms(model, records, run, reduction="mean").values.mean(1).numpy()
 
 
+def _told(record: Record) -> str:
+    """The text whose tokens are scored: an answer, a text, or the last turn of a chat."""
+    return record.answer or record.text or (record.messages[-1]["content"] if record.messages else "")
+
+
 @system(
     "membership",
     verb="audit",
@@ -104,7 +109,7 @@ class Membership(Probe):
         scores: dict[str, dict[str, np.ndarray]] = {}
         for name, records in groups.items():
             own = answers(model, records, run)
-            texts = [record.answer or record.text or "" for record in records]
+            texts = [_told(record) for record in records]
             scored = {
                 "loss": [a.mean_nll for a in own],
                 "zlib": [zlib_ratio(a, text) for a, text in zip(own, texts, strict=True)],

@@ -97,7 +97,8 @@ class KnowledgeMemory(Probe):
     def _scores(self, model: Model, records: Sequence[Record], examples: Sequence[Record], run: Run) -> list[float]:
         shots = "".join(f"Question: {record.prompt}\nAnswer: {record.answer}\n\n" for record in examples)
         prompts = [f"{shots}Question: {record.prompt}\nAnswer:" for record in records]
-        ids = model.tokenizer(prompts, add_special_tokens=True)["input_ids"]
+        encoder = Encoder.of(model)
+        ids = [encoder.unfinished(prompt) for prompt in prompts]
         generated = continue_tokens(model, ids, run, self.max_new_tokens, ends=ENDS)
         texts = model.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [

@@ -78,11 +78,10 @@ class Encoder:
         """Tokens up to where the answer begins."""
         if prompt not in self._prompts:
             if getattr(self.tokenizer, "chat_template", None):
-                ids = self._chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+                ids = tuple(self._chat([{"role": "user", "content": prompt}], add_generation_prompt=True))
             else:
-                ids = self.tokenizer(PLAIN_PROMPT.format(prompt=prompt))["input_ids"]
-                ids = ids[:-1] if ids and ids[-1] == self.eos and len(ids) > 1 else ids
-            self._prompts[prompt] = tuple(ids)
+                ids = self.unfinished(PLAIN_PROMPT.format(prompt=prompt))
+            self._prompts[prompt] = ids
         return self._prompts[prompt]
 
     def conversation(self, messages: Sequence[Any]) -> tuple[int, ...]:
@@ -90,8 +89,12 @@ class Encoder:
         if getattr(self.tokenizer, "chat_template", None):
             return tuple(self._chat(list(messages), add_generation_prompt=True))
         lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
-        ids = self.tokenizer("".join(lines) + "Assistant:")["input_ids"]
-        return tuple(ids[:-1] if ids and ids[-1] == self.eos and len(ids) > 1 else ids)
+        return self.unfinished("".join(lines) + "Assistant:")
+
+    def unfinished(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text that goes on: without the end mark that some tokenizers put behind every text."""
+        ids = self.tokenizer(text)["input_ids"]
+        return tuple(ids[:-1] if len(ids) > 1 and ids[-1] == self.eos else ids)
 
     def pair(self, prompt: str, answer: str, index: int = 0) -> Encoded:
         """A prompt and its answer, the answer and its end scored."""

@@ -180,7 +180,7 @@ def packer(network: Any) -> Pack:
         network._palimpsest_packs = known
     if not known:
         return pad
-    window = _window(network.config.get_text_config())
+    window = window_of(network)
     linear, quadratic = _costs(network)
 
     def arrange(sequences: Sequence[Encoded]) -> Packed:
@@ -204,14 +204,17 @@ def _costs(network: Any) -> tuple[int, int]:
     return inside, 4 * config.hidden_size * config.num_hidden_layers
 
 
-def _window(config: Any) -> float:
+def window_of(network: Any) -> float:
     """How far back, in tokens, the most short-sighted layer looks."""
-    stated = (getattr(config, field, None) for field in ("sliding_window", "attention_chunk_size"))
+    config = network.config.get_text_config()
+    stated = (getattr(config, field, None) for field in ("sliding_window", "attention_chunk_size", "window_size"))
     return min((window for window in stated if window), default=math.inf)
 
 
 @torch.no_grad()
 def _packs_exactly(network: Any) -> bool:
+    if any(b.ndim == 4 and b.dtype == torch.bool for b in network.buffers()):
+        return False  # a mask of its own, by places in the row (GPT-Neo): short rows would agree, longer ones not
     size = network.config.get_text_config().vocab_size
     first = Encoded(tuple((7 * i + 1) % size for i in range(6)), 1)
     second = Encoded((*first.tokens[:3], *((5 * i + 2) % size for i in range(4))), 1)

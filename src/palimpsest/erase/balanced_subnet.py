@@ -105,27 +105,33 @@ class BalancedSubnet(Method):
         weights = self._attach(student, run)
         # torch gives a parametrised module a class of its own, which no checkpoint can be read into
         whole = run.replace(in_place=True, folder=None)
-        trained = train(student, plan, self._objective, self.training, whole, trainable=_is_score, optimizer=_descent)
-        for module, name in weights:
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            module.get_parameter(name).requires_grad_(True)
+        done = False
+        try:
+            trained = train(
+                student, plan, self._objective, self.training, whole, trainable=_is_score, optimizer=_descent
+            )
+            done = True
+        finally:
+            for module, name in weights:
+                parametrize.remove_parametrizations(module, name, leave_parametrized=done)
+                module.get_parameter(name).requires_grad_(True)
         run.note(switched_off=self.ratio, matrices=len(weights))
         return trained
 
     def _attach(self, student: Model, run: Run) -> list[tuple[nn.Module, str]]:
         """Gives every matrix its scores."""
         draw, places = run.generator(), anatomy(student.network)
-        found = [
+        found = dict.fromkeys(  # a shared expert is a part of its own inside the layer's MLP: once is enough
             (part.module.get_submodule(path), name)
             for part in places.select("mlp" if places.find("mlp") else "convolution").parts
             for path, _, name in (parameter.rpartition(".") for parameter in part.parameters)
             if part.module.get_parameter(f"{path}.{name}".lstrip(".")).ndim > 1
-        ]
+        )
         for module, name in found:
             parametrize.register_parametrization(
                 module, name, Masked(module.get_parameter(name), self.ratio, draw), unsafe=True
             )
-        return found
+        return list(found)
 
     def _objective(self, batch: Batch) -> Float[Tensor, ""]:
         loss = torch.zeros(())

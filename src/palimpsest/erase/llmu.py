@@ -63,16 +63,20 @@ class LLMU(Method):
         randoms: dict[str, Any] = {f"random_{k}": drawn for k in range(self.answers)}
         plan = schedule(model, self.training, run, forget=data.forget, normal=data.retain, **randoms)
         divergence = retain_loss("kl", model, plan, run, role="normal")
-        latest = 0.0
+        seen: list[tuple[float, float]] = []
 
         def objective(batch: Batch) -> Float[Tensor, ""]:
-            nonlocal latest
             forget = batch.forget.cross_entropy
-            latest = float(forget.detach())
+            seen.append((float(batch.forget.nll.detach().sum()), float(batch.forget.count.sum())))
             views = [getattr(batch, name) for name in randoms]
             tokens = sum(view.tokens_per_example for view in views)
             random = sum(view.tokens_per_example * view.cross_entropy for view in views) / tokens
             held = self.normal_weight * divergence(batch)
             return -self.forget_weight * forget + self.random_weight * random + held
 
-        return train(model, plan, objective, self.training, run, stop=lambda step, student: latest > self.enough)
+        def enough(step: int, student: Model) -> bool:
+            nll, tokens = map(sum, zip(*seen, strict=True))
+            seen.clear()
+            return nll / tokens > self.enough
+
+        return train(model, plan, objective, self.training, run, stop=enough)

@@ -44,6 +44,8 @@ from palimpsest.train import Batch, Training
 Scope = Literal["network", "layer", "every layer"]
 Choice = Literal["most", "least", "random"]
 FEW_TOKENS = 1000
+UNFIT = ("seuf", "balanced-subnet", "selective-amnesia", "retrain", "uld", "whp-decode")
+"""Erasers that choose weights themselves, or give another network than the one they were given."""
 SPECIALISED = 1.5
 """Times the affinity of an even use, below which an expert has hardly specialised."""
 
@@ -144,8 +146,11 @@ class SEUF(Method):
 
     def __post_init__(self) -> None:
         facts = facts_of(self.method)
-        if facts.verb != "erase" or self.method == "seuf" or "training" not in self._fields():
-            raise PalimpsestError(f"seuf: method is {self.method!r}, expected an eraser that trains, npo for instance.")
+        if facts.verb != "erase" or self.method in UNFIT or "training" not in self._fields():
+            raise PalimpsestError(
+                f"seuf: method is {self.method!r}, expected an eraser that trains the weights it is given, npo for "
+                "instance."
+            )
         if self.training.lora_rank:
             raise PalimpsestError("seuf trains experts themselves: set training.lora_rank to 0.")
 
@@ -163,19 +168,30 @@ class SEUF(Method):
         def keep(call: Call, output: Any) -> None:
             seen[call.key] = output
 
+        anchored = False
+
         def penalty(batch: Batch) -> Float[Tensor, ""]:
+            nonlocal anchored
+            if "forget" not in batch:  # a step of some erasers is for the retain set alone
+                return torch.zeros((), device=model.device)
+            anchored = True
             losses = [self._anchor(name, seen[name], batch, usage, chosen) for name in routers]
             return self.anchor * torch.stack(losses).mean()
 
         # a folder is for checkpoints, and none can be read into the class that torch gives a parametrised module
         work = run.replace(in_place=True, folder=None, penalty=penalty if self.anchor else None)
-        with watch(routers, forward=keep), _without_jitter(student.network):
-            trained = self._method(chosen, anatomy(student.network)).apply(student, data, work)
+        share, done = sum(w.numel() for w in student.network.parameters() if w.requires_grad), False
+        try:
+            with watch(routers, forward=keep), _without_jitter(student.network):
+                trained = self._method(chosen, anatomy(student.network)).apply(student, data, work)
+            done = True
+        finally:
+            for module, name in attached:
+                parametrize.remove_parametrizations(module, name, leave_parametrized=done)
+            student.network.requires_grad_(True)
+        if self.anchor and not anchored:
+            run.warn(f"seuf: {self.method} takes no step on the forget answers themselves, so the anchor never acted.")
         known = [role for role in ("forget", "retain") if role in data]
-        share = sum(w.numel() for w in trained.network.parameters() if w.requires_grad)
-        for module, name in attached:
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        trained.network.requires_grad_(True)
         run.note(
             experts=[f"layer {row}, expert {expert}" for row, expert in chosen],
             trained_share=share / sum(w.numel() for w in original.network.parameters()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from palimpsest.data.encoding import Encoder
+from palimpsest.data.packing import window_of
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -42,7 +43,9 @@ def continue_tokens(
     size = max(1, BATCH // beams)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     for batch in run.track(batches, label):
-        shared = _shared([prompts[i] for i in batch])
+        longest = max(len(prompts[i]) for i in batch) + max_new_tokens
+        # what looks back a number of places only would count the padding in between
+        shared = _shared([prompts[i] for i in batch]) if longest <= window_of(network) else 0
         rests = [prompts[i][shared:] for i in batch]
         width = max(map(len, rests))
         # padding stands between the shared beginning and the rest, so that the beginning is computed once for all
@@ -113,6 +116,8 @@ def _cache(network: Any, beginning: Sequence[int], copies: int, device: torch.de
         return None
     ids = torch.tensor([list(beginning)], device=device)
     cache = network(input_ids=ids, use_cache=True).cache  # the network knows what kind of cache it keeps
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", ())):
+        return None  # states of some recurrent layers cannot be copied for several rows
     cache.batch_repeat_interleave(copies)
     return cache
 

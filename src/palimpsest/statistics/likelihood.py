@@ -113,14 +113,15 @@ class ReferencePredictions:
     """What a model predicts at the targets of some sequences, without keeping the model.
 
     Kept are the inputs of its output layer (width numbers a target instead of vocabulary) and a copy of that layer; of
-    a network without one (a mixture), the logits themselves.
+    a network that does not show them (a mixture), the logits themselves.
     """
 
     def __init__(
         self, model: Model, sequences: Sequence[Encoded], run: Run, chosen: Sequence[int] | None = None
     ) -> None:
         network = model.network.eval()
-        head = network.get_output_embeddings()
+        # some have no part that ends before the output layer (Llama 4's language model)
+        head = None if network.base_model is network else network.get_output_embeddings()
         self._head = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self._config = network.config.get_text_config()
         self._states: dict[int, Tensor] = {}

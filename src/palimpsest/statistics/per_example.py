@@ -188,7 +188,8 @@ def _obstacle(passes: _Passes, examples: Examples) -> str:
         obstacle = str(error).strip().splitlines()[0].rstrip(".") + "."
     else:
         obstacle = _difference(weights, found, expected)
-    network._palimpsest_per_example = (known, obstacle)
+    if obstacle or len(group) > 1:  # a single record cannot show that records meet
+        network._palimpsest_per_example = (known, obstacle)
     return obstacle
 
 

@@ -140,7 +140,7 @@ def trace(
             f"none of {len(facts)} facts can be traced: the model predicts the answer token of none of them."
         )
     width = 1 if kind == "residual" else (default_window(len(modules)) if window is None else max(1, window))
-    level = noise * _spread(network, known)
+    level = noise * _spread(network, known, model.device)
     effects = torch.zeros(len(PLACES), len(modules), dtype=torch.float64)
     counts = torch.zeros(len(PLACES), 1, dtype=torch.float64)
     clean, corrupted = [], []
@@ -291,7 +291,7 @@ def _predicted(network: Any, fact: Fact, device: torch.device) -> int:
     return int(network(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
 
 
-def _spread(network: Any, facts: Sequence[Fact]) -> float:
-    """Standard deviation of all embedding entries of all subject tokens."""
-    ids = torch.tensor([fact.tokens[place] for fact in facts for place in fact.subject])
-    return float(network.get_input_embeddings().weight[ids].float().std())
+def _spread(network: Any, facts: Sequence[Fact], device: torch.device) -> float:
+    """Standard deviation of all embedding entries of all subject tokens, as the network reads them (some scale)."""
+    ids = torch.tensor([fact.tokens[place] for fact in facts for place in fact.subject], device=device)
+    return float(network.get_input_embeddings()(ids).float().std())

@@ -19,9 +19,12 @@ COMPLETE = "complete"
 """The file that marks a checkpoint as written to its end."""
 
 
-def job_folder(folder: Path, model: Model, plan: Schedule, training: Training, run: Run) -> Path:
-    """A folder of its own for exactly this job: no checkpoint of another is taken up, an old one only to resume."""
-    settings = json.dumps([run.job, dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
+def job_folder(folder: Path, model: Model, plan: Schedule, training: Training, run: Run, label: str) -> Path:
+    """A folder of its own for exactly this job: no checkpoint of another is taken up, an old one only to resume.
+
+    `label` tells one training of a method from another with the same data and settings.
+    """
+    settings = json.dumps([run.job, label, dataclasses.asdict(training), run.seed, model.digest(), plan.digest()])
     job = Path(folder) / "checkpoints" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not run.resume:
         shutil.rmtree(job, ignore_errors=True)
