@@ -115,7 +115,12 @@ def test_a_misspelt_role_names_the_one_that_was_meant(name):
 
 
 def test_other_roles_may_have_any_other_name():
-    assert list(Roles(downstream=[ADA], my_own=[BEN], forget_probe=[PAGE])) == ["downstream", "my_own", "forget_probe"]
+    assert list(Roles(downstream=[ADA], my_own=[BEN], forget_probe=[PAGE], retain_2=[BEN])) == [
+        "downstream",
+        "my_own",
+        "forget_probe",
+        "retain_2",
+    ]
 
 
 @pytest.mark.parametrize(

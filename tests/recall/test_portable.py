@@ -35,8 +35,8 @@ def test_an_import_gives_back_what_was_exported(opened):
     ("line", "message"),
     [
         ("[1]", "line 2: expected an object"),
-        ('{"note": "x"}', "line 2, record 1: .*needs a text"),
-        ('{"text": " "}', "line 2: the text is empty"),
+        ('{"note": "x"}', 'line 2: field "text" is missing'),
+        ('{"text": " "}', 'line 2: field "text" is empty'),
         ('{"text": "x", "run": " "}', "line 2: the scope's run is ' '"),
         ('{"text": "x", "metadata": 3}', "line 2: .*int"),
     ],

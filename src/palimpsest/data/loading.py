@@ -9,21 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.pictures import class_folders, classes, opened
+from palimpsest.data.pictures import class_folders, classes
 from palimpsest.data.records import FIELDS, Record
+from palimpsest.data.rows import Row, columns_of, kind_of_value, record_of
 from palimpsest.errors import PalimpsestError, nearest
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt")
-SYNONYMS = {
-    "prompt": ("question", "instruction", "input"),
-    "answer": ("response", "completion", "output", "target"),
-    "paraphrase": ("paraphrased_answer",),
-    "wrong": ("perturbed_answer",),
-    "paraphrased_prompt": ("paraphrased_question",),
-    "subject": ("name", "author", "person"),
-}
-TEXT_FIELDS = {"text", "prompt", "answer", "subject", "paraphrase", "paraphrased_prompt"}
-Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
 
@@ -51,7 +42,7 @@ def load_records(
         raise PalimpsestError(f"{_label(source)}: no records in it. Check that this is the right file or split.")
     _check_columns(rows, fields, _label(source))
     folder = Path(source).expanduser().parent
-    records = [_record(row, fields, where, folder) for where, row in rows if not _is_blank(row, fields)]
+    records = [record_of(row, where, fields, folder) for where, row in rows if not _is_blank(row, fields)]
     if not records:
         raise PalimpsestError(f"{_label(source)}: all records are blank. Check that this is the right file or split.")
     return records
@@ -119,7 +110,8 @@ def _json_list(content: str, name: str) -> Iterator[Located]:
 
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise PalimpsestError(f'{where}: must be an object such as {{"prompt": ..., "answer": ...}}, not {_kind(row)}.')
+        found = kind_of_value(row)
+        raise PalimpsestError(f'{where}: must be an object such as {{"prompt": ..., "answer": ...}}, not {found}.')
     return row
 
 
@@ -192,94 +184,12 @@ def _check_columns(rows: list[Located], fields: Mapping[str, str], label: str) -
             )
 
 
-def _record(row: Row, fields: Mapping[str, str], where: str, folder: Path) -> Record:
-    columns = _columns(row, fields)
-    values = {field: row[column] for field, column in columns.items()}
-    # Alpaca's layout: an instruction, and the input that it is about.
-    if columns.get("prompt") == "instruction" and "input" not in columns.values() and row.get("input"):
-        values["prompt"] = f"{values['prompt']}\n\n{row['input']}"
-    for field, value in values.items():
-        _check_value(field, value, columns[field], where)
-    _check_complete(row, values, set(columns.values()), where)
-    if isinstance(values.get("image"), str):
-        values["image"] = opened(folder / values["image"], where)
-    return Record(**values)
-
-
 def _is_blank(row: Row, fields: Mapping[str, str]) -> bool:
-    columns = _columns(row, fields)
+    columns = columns_of(row, fields)
     if {"prompt", "answer", "messages", "image"} & set(columns) or "text" not in columns:
         return False
     text = row[columns["text"]]
     return isinstance(text, str) and not text.strip()
-
-
-def _columns(row: Row, fields: Mapping[str, str]) -> dict[str, str]:
-    """Which column of the row each field comes from; columns without a value count as absent."""
-    present = [column for column, value in row.items() if value is not None]
-    chosen = {field: column for field, column in fields.items() if column in present}
-    for field in sorted(FIELDS - set(fields)):
-        for column in (field, *SYNONYMS.get(field, ())):
-            if column in present and column not in fields.values():
-                chosen[field] = column
-                break
-    return chosen
-
-
-def _check_value(field: str, value: Any, column: str, where: str) -> None:
-    if field in TEXT_FIELDS:
-        expected, right = "text", isinstance(value, str)
-    elif field == "wrong":
-        expected, right = "a list of texts", _is_list(value) and all(isinstance(item, str) for item in value)
-    elif field == "messages":
-        expected = 'a list of {"role": text, "content": text}'
-        right = _is_list(value) and bool(value) and all(_is_message(item) for item in value)
-    elif field == "label":
-        expected, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    else:
-        return
-    named = f'field "{field}"' + (f' (column "{column}")' if column != field else "")
-    if not right:
-        found = f"{_kind(value)}: {_short(value)}"
-        raise PalimpsestError(f"{where}: {named} must be {expected}, not {found}. Correct it, or rename the column.")
-    if field in ("prompt", "answer", "text") and not value.strip():
-        raise PalimpsestError(f"{where}: {named} is empty. Fill it in, or remove the record.")
-
-
-def _check_complete(row: Row, values: Row, used: set[str], where: str) -> None:
-    if "prompt" in values or "answer" in values:
-        missing = [field for field in ("prompt", "answer") if field not in values]
-    else:
-        missing = [] if {"text", "messages", "image"} & set(values) else ["text"]
-    if not missing:
-        return
-    free = [column for column, value in row.items() if column not in used and isinstance(value, str)]
-    wanted = ["prompt", "answer"] if missing == ["text"] and len(free) > 1 else missing[:1]
-    named = dict(zip(wanted, free, strict=False))
-    words = " ".join(word for pair in named.items() for word in pair)
-    remedy = f"Rename it, or pass fields={json.dumps(named)} (--fields {words})." if free else "Add it."
-    found = ", ".join(row) or "nothing"
-    raise PalimpsestError(f'{where}: field "{missing[0]}" is missing (found: {found}). {remedy}')
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and all(isinstance(item.get(part), str) for part in ("role", "content"))
-
-
-def _kind(value: Any) -> str:
-    if _is_list(value):
-        return "a list"
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
-    return names.get(type(value), "nothing" if value is None else f"a {type(value).__name__}")
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=repr)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _first_line(error: BaseException) -> str:

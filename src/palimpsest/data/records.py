@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
@@ -34,6 +35,8 @@ class Record:
     paraphrased_prompt: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.wrong, str):
+            raise PalimpsestError('field "wrong" must be a list of texts, not a text: put it into a list')
         object.__setattr__(self, "wrong", tuple(self.wrong or ()))
         if self.messages is not None:
             object.__setattr__(self, "messages", tuple(dict(message) for message in self.messages))
@@ -61,25 +64,24 @@ RecordLike = Record | Mapping[str, Any]
 
 
 def as_records(rows: Iterable[RecordLike], *, where: str = "record") -> list[Record]:
-    """Records from dictionaries, rows of a `datasets.Dataset`, or records; other columns are left out."""
-    if isinstance(rows, str | PurePath | Record | Mapping):
+    """Records from dictionaries, rows of a `datasets.Dataset` or a data frame, or records.
+
+    Columns are named as in files (see `load_records`); others are left out.
+    """
+    from palimpsest.data.rows import record_of
+
+    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | PurePath | Record | Mapping) or not isinstance(rows, Iterable):
         raise PalimpsestError(
             f"{where} 1: expected a list of records, found one {type(rows).__name__}"
             + (" (load_records reads files)." if isinstance(rows, str | PurePath) else ": put it into a list.")
         )
     records = []
-    for number, row in enumerate(rows):
-        if isinstance(row, Record):
-            records.append(row)
-            continue
-        if not isinstance(row, Mapping):
-            raise PalimpsestError(f"{where} {number + 1}: expected a Record or a dictionary, found {row!r:.60}.")
-        fields = {name: value for name, value in row.items() if name in FIELDS and value is not None}
-        try:
-            records.append(Record(**fields))
-        except (PalimpsestError, TypeError) as error:
-            found = ", ".join(row) or "nothing"
-            raise PalimpsestError(f"{where} {number + 1}: {error} (found: {found}).") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Record | Mapping):
+            raise PalimpsestError(f"{where} {number}: expected a Record or a dictionary, found {row!r:.60}.")
+        records.append(row if isinstance(row, Record) else record_of(row, f"{where} {number}"))
     return records
 
 
@@ -99,7 +101,7 @@ class Roles(Mapping[str, list[Record]]):
     def __init__(self, **roles: Iterable[RecordLike] | None) -> None:
         for name in roles:
             meant = get_close_matches(name.removesuffix("_probe"), ROLES, 1, cutoff=0.8)
-            if meant and name.removesuffix("_probe") not in ROLES:
+            if meant and not re.match(rf"({'|'.join(ROLES)})(_|\d|$)", name):
                 raise PalimpsestError(f'there is no role {name!r}. Did you mean "{meant[0]}"?')
         self._roles = {
             name: as_records(rows, where=f"role {name}, record") for name, rows in roles.items() if rows is not None
@@ -172,8 +174,9 @@ def check_disjoint(first: Sequence[Record], second: Sequence[Record], names: tup
         raise PalimpsestError(f'{a} and {b} share {many} (first: "{shared[0].title}"). Remove from one of the two.')
 
 
-def by_subject(records: Sequence[Record], subject: str | Sequence[str]) -> tuple[list[Record], list[Record]]:
+def by_subject(records: Iterable[RecordLike], subject: str | Sequence[str]) -> tuple[list[Record], list[Record]]:
     """The records about the subject (or any of several), and the others; a subject nowhere in the data raises."""
+    records = as_records(records)
     wanted = [subject] if isinstance(subject, str) else list(subject)
     known = {record.subject for record in records if record.subject}
     for name in wanted:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from palimpsest.data.records import Record, as_records
+from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
 
 View = Literal["current", "all"]
@@ -226,7 +226,7 @@ def packed(record: Record) -> str | None:
 
 def unpacked(record: str | None, text: str) -> Record:
     """The record behind its stored form."""
-    return Record(text=text) if record is None else as_records([json.loads(record)])[0]
+    return Record(text=text) if record is None else Record(**json.loads(record))
 
 
 def number_of(identity: str) -> int:

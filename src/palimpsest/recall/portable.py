@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from palimpsest.data.records import as_records
+from palimpsest.data.rows import record_of
 from palimpsest.errors import PalimpsestError
 from palimpsest.recall import reading
 from palimpsest.recall.items import Items, as_json
@@ -70,5 +70,4 @@ def _rows(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]
             raise PalimpsestError(f"{name}, line {number}: not valid JSON ({error.msg}). Nothing was stored.") from None
         if not isinstance(row, dict):
             raise PalimpsestError(f"{name}, line {number}: expected an object. Nothing was stored.")
-        (record,) = as_records([row], where=f"{name}, line {number}, record")
-        yield number, row, record
+        yield number, row, record_of(row, f"{name}, line {number}")
