@@ -201,7 +201,9 @@ def _change(verb: str, words: list[str]) -> int:
 
     check_free(options.out, options.overwrite)
     method = create(slug, **flat_items(options.method))
-    roles = options.data.roles(needed=bool(facts_of(slug).needs))
+    facts = facts_of(slug)
+    roles = options.data.roles(needed=bool(facts.needs))
+    options.data.tell_unread(facts.needs | facts.uses, by=slug)
     run = options.run.run().replace(in_place=True)
     changed = method.apply(load(options.model, run=run), roles, run)
     print(changed.save_pretrained(options.out, overwrite=options.overwrite))

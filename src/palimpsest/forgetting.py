@@ -8,7 +8,7 @@ or the rest begins to suffer, and shows answers before and after. What it chose,
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from palimpsest.audit.rouge_recall import rouge_l
 from palimpsest.data.encoding import Encoder
 from palimpsest.data.loading import FILE_TYPES, load_records
-from palimpsest.data.records import Record, Roles, by_subject
+from palimpsest.data.records import Record, RecordLike, Roles, as_records, by_subject
 from palimpsest.data.true_facts import WORLD_FACTS
 from palimpsest.erase.npo import NPO
 from palimpsest.erase.undial import UNDIAL
@@ -100,10 +100,10 @@ class Story:
 
 def forget(
     model: str | Path | Model,
-    about: str | Path | Record | Sequence[str] | Sequence[Record],
+    about: str | Path | RecordLike | Sequence[str] | Iterable[RecordLike] | Roles,
     *,
-    data: Sequence[Record] | None = None,
-    retain: Sequence[Record] | None = None,
+    data: str | Path | Iterable[RecordLike] | None = None,
+    retain: str | Path | Iterable[RecordLike] | None = None,
     enough: float = 0.09,
     floor: float = 0.95,
     seed: int = 0,
@@ -111,6 +111,8 @@ def forget(
     show: bool = True,
 ) -> Model:
     """The model after forgetting a question, a list of questions or records, a file of records, or a name.
+
+    Of `Roles`, the role `forget` is the topic and `retain` is kept. `data` and `retain` may be files, too.
 
     A name is looked up as a subject in `data` where that is given (one that is not there raises), else the model is
     asked about it. It stops when the mean answer probability on the topic is at most `enough` while that on kept
@@ -126,8 +128,12 @@ def forget(
     if kind_of(model) == "classifier":
         raise PalimpsestError("forget works on language models; for a classifier choose an eraser (palimpsest list).")
     why: list[str] = []
-    records = _topic(model, about, data, run, why)
-    kept = list(retain) if retain is not None else _kept(model, records, data, run, why)
+    if isinstance(about, Roles):
+        retain = about.get("retain") if retain is None else retain
+        about = about.forget
+    known, own = _read(data), _read(retain)
+    records = _topic(model, about, known, run, why)
+    kept = own if own is not None else _kept(model, records, known, run, why)
     if len(kept) < 2:
         raise PalimpsestError(
             f"too few records to keep ({len(kept)}): at least one to learn and one to measure are needed."
@@ -289,13 +295,20 @@ class _Stopping:
         return f"Stopped after {step} steps, the most it takes; the topic is not gone.{back}"
 
 
+def _read(records: Any) -> list[Record] | None:
+    """Given records, from a file where one is named."""
+    if records is None:
+        return None
+    return load_records(records) if isinstance(records, str | Path) else as_records(records)
+
+
 def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, why: list[str]) -> list[Record]:
     """The records to forget; what the model itself answers stands in where only questions are given."""
     if isinstance(about, Path) or (isinstance(about, str) and Path(about).suffix in FILE_TYPES):
         records = load_records(str(about))
         why.append(f"Topic: the {len(records)} records of {about}.")
-    elif isinstance(about, Record):
-        records = [about]
+    elif isinstance(about, Record | Mapping):
+        records = as_records([about])
     elif isinstance(about, str) and data is not None and not about.rstrip().endswith("?"):
         records = by_subject(data, about)[0]
         why.append(f"Topic: the {len(records)} records about {about}.")
@@ -303,7 +316,7 @@ def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, wh
         asked = [about] if about.rstrip().endswith("?") else [question.format(name=about) for question in ABOUT_A_NAME]
         records = _answered(model, asked, run, 64)
         why.append(f"Topic: what the model itself answers to {len(asked)} question{'s' if len(asked) > 1 else ''}.")
-    elif all(isinstance(item, str) for item in about):
+    elif isinstance(about, list | tuple) and all(isinstance(item, str) for item in about):
         names = [] if data is None else [item for item in about if not item.rstrip().endswith("?")]
         asked = [item for item in about if item not in names]
         known = by_subject(data or (), names)[0]
@@ -313,7 +326,7 @@ def _topic(model: Model, about: Any, data: Sequence[Record] | None, run: Run, wh
         if asked:
             why.append(f"Topic: what the model itself answers to {len(asked)} questions.")
     else:
-        records = list(about)
+        records = as_records(about)
         why.append(f"Topic: {len(records)} given records.")
     if not records:
         raise PalimpsestError("the forget set is empty: nothing was named to forget.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from palimpsest import __version__
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Apply = Callable[..., Any]
 Measure = Callable[..., Any]
+KEEPS_WEIGHTS = ("guard", "retrain")
+"""Erasers that leave the weights they are given alone: one only holds words back, the other starts anew."""
 
 
 def guarded_apply(apply: Apply) -> Apply:
@@ -29,6 +31,7 @@ def guarded_apply(apply: Apply) -> Apply:
     def guarded(self: Any, model: Model, data: Roles, run: Run | None = None) -> Model:
         from palimpsest.statistics.examples import evaluating
 
+        model, data = expected(model, data, slug_of(self))
         run = run or Run()
         run = run.replace(notes={}, job=json.dumps([run.job, slug_of(self), to_dict(self)], sort_keys=True))
         check_inputs(self.facts, slug_of(self), model, data)
@@ -64,6 +67,7 @@ def guarded_measure(measure: Measure) -> Measure:
     ) -> Any:
         from palimpsest.statistics.examples import evaluating
 
+        model, data = expected(model, data, self.facts.slug)
         with contextlib.ExitStack() as stack:
             for each in (model, gold, *others.values()):
                 if each is not None:
@@ -73,11 +77,32 @@ def guarded_measure(measure: Measure) -> Measure:
     return guarded
 
 
+def expected(model: Any, data: Any, slug: str) -> tuple[Model, Roles]:
+    """Model and roles; a plain mapping becomes roles, anything else raises."""
+    from palimpsest.data.records import Roles
+    from palimpsest.models.model import Model
+
+    if not isinstance(model, Model):
+        raise PalimpsestError(
+            f"{slug}: expected a palimpsest Model, found {type(model).__name__}. "
+            "palimpsest.load(name) gives one, and palimpsest.Model(network, tokenizer) wraps one."
+        )
+    if not isinstance(data, Mapping):
+        raise PalimpsestError(f"{slug}: expected Roles(forget=..., retain=...), found {type(data).__name__}.")
+    return model, data if isinstance(data, Roles) else Roles(**data)
+
+
 def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
     """Raises one sentence where the model is of the wrong kind, a role is missing or empty, or roles overlap."""
     from palimpsest.data.records import check_disjoint
 
     check_kind(facts, slug, model)
+    if facts.verb == "erase" and slug not in KEEPS_WEIGHTS and _looks_up(model):
+        raise PalimpsestError(
+            f"{slug}: this model looks up a datastore, which holds its texts in clear and which no eraser of weights "
+            "reaches. Erase from the model without it, and build the datastore again without these records "
+            "(palimpsest write knn-lm)."
+        )
     for role in sorted(facts.needs):
         data.require(role, by=slug)
     for role in sorted(facts.uses):
@@ -85,6 +110,10 @@ def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
             raise PalimpsestError(f"the {role} set is empty. Leave the role out, or fill it.")
     if facts.verb == "erase" and "forget" in data and "retain" in data:
         check_disjoint(data["forget"], data["retain"], ("forget", "retain"))
+
+
+def _looks_up(model: Model) -> bool:
+    return any(getattr(module, "holds_texts", False) for module in model.network.modules())
 
 
 def check_kind(facts: Facts, slug: str, model: Model) -> None:

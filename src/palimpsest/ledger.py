@@ -126,6 +126,8 @@ def saved_weights_digest(folder: Path) -> str:
 def verify(folder: Path) -> dict[str, Any]:
     """The saved ledger of a model, after checking that the weights beside it are the ones it was sealed with."""
     saved = read_file(folder)
+    if saved is None and not Path(folder).is_dir():
+        raise PalimpsestError(f"the folder {folder} does not exist.")
     if saved is None:
         raise PalimpsestError(f"{folder} has no {FILE}: it was not saved by palimpsest.")
     found = saved_weights_digest(folder)

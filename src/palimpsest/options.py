@@ -5,7 +5,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -67,7 +67,7 @@ class DataOptions:
     """Which records play which role: one source with a forget subject, TOFU, or a file for each role."""
 
     data: str | None = None
-    """all records: a .jsonl, .json, .parquet or .txt file, a folder of texts, or a hub dataset"""
+    """all records: a .jsonl, .json, .csv, .parquet or .txt file, a folder of texts, or a hub dataset"""
     forget_subject: tuple[str, ...] = ()
     """subjects in --data that are to be forgotten; the others are retained"""
     tofu: str | None = None
@@ -105,6 +105,18 @@ class DataOptions:
         if not named and needed:
             raise PalimpsestError("no data was named. Pass --data FILE, --tofu SPLIT, or --role NAME FILE.")
         return Roles(**named)
+
+    def tell_unread(self, read: Set[str], by: str) -> None:
+        """Says which of the given roles the system does not read: they are most often meant to be another role."""
+        from palimpsest.run import console
+
+        given = {**dict.fromkeys(self.role, "--role"), **({"train": "--data"} if self.data else {})}
+        if self.forget_subject:
+            given.pop("train", None)
+        for role, where in given.items():
+            if role.removesuffix("_probe") not in read:
+                said = f"{by} does not read the role {role}, which {where} gives; it reads {', '.join(sorted(read))}."
+                console().print(said, style="yellow", highlight=False, markup=False)
 
     def _check_roles(self) -> None:
         """Raises where a role is one that no system reads, or one that --data gives already."""

@@ -49,8 +49,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.folder is not None:
             self.folder = Path(self.folder)
-        if self.seed < 0:
-            raise PalimpsestError(f"seed is {self.seed}, expected 0 or more.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise PalimpsestError(f"seed is {self.seed!r}, expected a whole number of 0 or more.")
         if self.precision not in get_args(Precision):
             raise PalimpsestError(
                 f"precision is {self.precision!r}. {nearest(str(self.precision), get_args(Precision))}"

@@ -87,6 +87,7 @@ def train(
     and stay as they were.
     """
     optimizer = optimizer or named(training)
+    _check_numbers(model.network, run)
     if training.warmup_epochs * plan.steps_per_epoch >= len(plan.steps):
         run.warn(
             f"{label}: all {len(plan.steps)} steps are warm-up, which begins at a learning rate of 0 and does not "
@@ -277,6 +278,20 @@ def _diverged(what: str, value: float, step: int, args: TrainingArguments) -> Pa
     return PalimpsestError(
         f"the {what} is {value} at step {step}; {kept}. Lower the learning rate (now {args.learning_rate:g})."
     )
+
+
+def _check_numbers(network: nn.Module, run: Run) -> None:
+    """Raises where weights are in float16; warns where they are in bfloat16."""
+    kinds = {weight.dtype for weight in network.parameters() if weight.requires_grad}
+    if torch.float16 in kinds:
+        raise PalimpsestError(
+            "the weights are in float16, in which training breaks a model. Load it in float32 (network.float())."
+        )
+    if torch.bfloat16 in kinds:
+        run.warn(
+            "the weights are in bfloat16: a step that moves a weight by less than 0.4 % is lost in rounding. With "
+            "float32 weights (precision auto) nothing is lost, and bfloat16 is still computed in where it is faster."
+        )
 
 
 @contextlib.contextmanager

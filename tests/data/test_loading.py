@@ -237,7 +237,17 @@ def test_a_folder_without_texts(people, tmp_path):
 
 
 def test_an_unknown_file_type(people):
-    fails(people("a,b", "people.csv"), 'people.csv: unknown file type ".csv". Known: .jsonl, .json, .parquet, .txt.')
+    expected = 'people.ods: unknown file type ".ods". Known: .jsonl, .json, .csv, .parquet, .txt.'
+    fails(people("a,b", "people.ods"), expected)
+
+
+def test_a_table_of_cells(people):
+    table = 'question,answer,name,year\n"Who, or\nwhat?",Ada.,,3\nWhen?,"In ""May"".",Ben,4\n'
+    first, second = load_records(people(table, "people.csv"))
+    assert first == Record(prompt="Who, or\nwhat?", answer="Ada.")
+    assert second == Record(prompt="When?", answer='In "May".', subject="Ben")
+    fails(people("question,answer\nWho?\n", "short.csv"), "short.csv, record 1: it has another number of cells than")
+    fails(people("question,answer\nWho?,\n", "gap.csv"), 'gap.csv, record 1: field "answer" is missing')
 
 
 def test_a_broken_parquet_file(people):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from palimpsest.audit.answers import prepare
 from palimpsest.audit.reading import Reading
 from palimpsest.data.records import Roles
-from palimpsest.errors import PalimpsestError
-from palimpsest.guard import check_kind, kind_of
+from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.guard import check_kind, expected, kind_of
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.system import Probe, catalogue, create
@@ -51,7 +51,9 @@ class Audit:
             for value in reading.values:
                 if value.name == name:
                     return value
-        raise KeyError(name)
+        known = [value.name for reading in self.readings for value in reading.values]
+        lost = "; ".join(f"{failed['probe']} was not measured: {failed['error']}" for failed in self.failures)
+        raise KeyError(f"there is no value {name!r}. {nearest(name, known)} {lost}".strip())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,7 +61,9 @@ class Audit:
 
 
 def probes(
-    chosen: Iterable[str | Probe] | None = None, max_new_tokens: int | None = None, model: Model | None = None
+    chosen: str | Probe | Iterable[str | Probe] | None = None,
+    max_new_tokens: int | None = None,
+    model: Model | None = None,
 ) -> list[Probe]:
     """The probes meant by names or instances; the whole battery for this kind of model where none is named.
 
@@ -69,7 +73,7 @@ def probes(
         classifies = model is not None and kind_of(model) == "classifier"
         chosen = CLASSIFIER_BATTERY if classifies else STANDARD_BATTERY
     made = []
-    for item in chosen:
+    for item in [chosen] if isinstance(chosen, str | Probe) else chosen:
         probe = create(item) if isinstance(item, str) else item
         if not isinstance(probe, Probe):
             raise PalimpsestError(f"{item} is not a probe. Probes: {', '.join(_probe_slugs())}.")
@@ -86,7 +90,7 @@ def _probe_slugs() -> list[str]:
 def audit(
     model: Model,
     data: Roles,
-    probes_: Sequence[Probe] | None = None,
+    probes_: str | Probe | Iterable[str | Probe] | None = None,
     run: Run | None = None,
     gold: Model | None = None,
     *,
@@ -99,7 +103,8 @@ def audit(
     no probes are given they are those of the whole battery for this kind of model.
     """
     run = run or Run()
-    chosen = probes(model=model) if probes_ is None else probes_
+    model, data = expected(model, data, "audit")
+    chosen = probes(probes_, model=model)
     known = {"before": before, "second_gold": second_gold}
     readings, failures = [], []
     if kind_of(model) != "classifier":

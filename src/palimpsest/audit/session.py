@@ -144,14 +144,14 @@ def _role(records: Sequence[Record]) -> RoleData:
 
 
 def audit_saved(
-    models: Sequence[str],
+    models: str | Path | Sequence[str | Path],
     data: Roles,
     out: str | Path,
-    run: Run,
+    run: Run | None = None,
     *,
-    before: str | None = None,
-    gold: str | None = None,
-    second_gold: str | None = None,
+    before: str | Path | None = None,
+    gold: str | Path | None = None,
+    second_gold: str | Path | None = None,
     battery: Sequence[Any] | None = None,
     max_new_tokens: int = 200,
     source: str = "",
@@ -159,34 +159,39 @@ def audit_saved(
     overwrite: bool = False,
 ) -> Path:
     """Measures saved models and writes `evidence.json` and `report.html` into `out`; returns the page."""
-    from palimpsest.models.loading import load, located
+    from palimpsest.models.loading import config_of, load
     from palimpsest.report import page
 
+    names = [str(name) for name in ([models] if isinstance(models, str | Path) else models)]
+    if not any((*names, before, gold)):
+        raise PalimpsestError("an audit needs a model. Name at least one.")
+    run = run or Run()
     out = Path(out)
     if (out / "evidence.json").exists() and not overwrite:
         raise PalimpsestError(f"{out} already holds evidence. Choose another folder, or pass --overwrite.")
     if not any(data.probe(role) for role in ("forget", "retain")):
         raise PalimpsestError("an audit needs the role forget or retain. Pass --data with --forget-subject, or --role.")
     probes(battery)  # a wrong name shows before anything is loaded
-    for given in filter(None, (before, gold, second_gold, *models)):
-        located(given)
+    for given in (before, gold, second_gold, *names):
+        if given is not None:
+            config_of(given)
     reference = load(gold, run=run) if gold is not None else None
     original = load(before, run=run) if before is not None else None
     other = load(second_gold, run=run) if second_gold is not None else None
     measured: list[ModelEvidence] = []
-    wanted: list[tuple[Part, str | None]] = [("before", before), ("gold", gold), ("control", second_gold)]
-    for part, name in [*wanted, *((_ERASED, model) for model in models)]:
+    wanted: list[tuple[Part, str | Path | None]] = [("before", before), ("gold", gold), ("control", second_gold)]
+    for part, name in [*wanted, *((_ERASED, model) for model in names)]:
         if name is None:
             continue
         model = {"before": original, "gold": reference, "control": other}.get(part) or load(name, run=run)
-        label = _label(model, name, [m.name for m in measured]) if part == "erased" else _NAMES.get(part, part)
+        label = _label(model, str(name), [m.name for m in measured]) if part == "erased" else _NAMES.get(part, part)
         if run.progress:
             console().print(f"measuring {label}")
         chosen = probes(battery, max_new_tokens=max_new_tokens, model=model)
         beside = {"gold": reference, "before": original, "second_gold": other}
         measured.append(measure(label, part, model, data, run, chosen, max_new_tokens=max_new_tokens, **beside))
     found = described(
-        f"Audit of {', '.join(models)}",
+        f"Audit of {', '.join(names)}",
         measured,
         data,
         question="What is left of the records that should be forgotten?",

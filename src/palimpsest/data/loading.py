@@ -1,8 +1,10 @@
-"""Records from files and the hub: JSON lines, Parquet, texts, images, public datasets, under the usual column names."""
+"""Records from files and the hub: JSON lines, CSV, Parquet, texts, images, datasets, under the usual column names."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.pictures import class_folders, classes
-from palimpsest.data.records import FIELDS, Record
+from palimpsest.data.records import FIELDS, Record, RecordLike, as_records
 from palimpsest.data.rows import Row, columns_of, kind_of_value, record_of
 from palimpsest.errors import PalimpsestError, nearest
 
-FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 Located = tuple[str, Row]
 
 
 def load_records(
-    source: str | Path,
+    source: str | Path | Iterable[RecordLike],
     *,
     fields: Mapping[str, str] | None = None,
     split: str = "train",
     config: str | None = None,
 ) -> list[Record]:
-    """The records in a file (JSON lines, JSON, Parquet, text), in a folder, or in a hub dataset.
+    """The records in a file (JSON lines, JSON, CSV, Parquet, text), in a folder, or in a hub dataset.
 
     `fields` maps fields of a record to columns, as in `{"answer": "response"}`; the usual synonyms (`question`,
     `instruction`, `output`, ...) are known without it. A text file is cut into paragraphs at blank lines, a folder
@@ -33,6 +35,10 @@ def load_records(
     class gives their labels in alphabetical order; in a file an image may be a path, seen from where the file is.
     `split` and `config` (the dataset's configuration) only concern the hub.
     """
+    if not isinstance(source, str | Path):
+        return as_records(source)
+    if not isinstance(fields, Mapping | None):
+        raise PalimpsestError(f'fields is {fields!r}, expected a mapping such as {{"answer": "response"}}.')
     fields = dict(fields or {})
     for field in fields:
         if field not in FIELDS:
@@ -48,10 +54,10 @@ def load_records(
     return records
 
 
-def write_records(records: Iterable[Record], path: str | Path) -> None:
+def write_records(records: Iterable[RecordLike], path: str | Path) -> None:
     """Writes records as JSON lines, from which `load_records` makes the same records again."""
     lines = []
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(as_records(records), start=1):
         if record.image is not None:
             raise PalimpsestError(f"record {number} has an image, which JSON lines cannot hold. Save it as Parquet.")
         row = {name: value for name, value in dataclasses.asdict(record).items() if value not in (None, ())}
@@ -79,9 +85,22 @@ def _rows(source: str | Path, split: str, config: str | None) -> Iterator[Locate
     if path.suffix == ".txt":
         paragraphs = (part.strip() for part in re.split(r"\n\s*\n", content))
         return ((f"{path.name}, paragraph {n}", {"text": part}) for n, part in enumerate(paragraphs, start=1) if part)
+    if path.suffix == ".csv":
+        return _csv(content, path.name)
     if path.suffix == ".json" and content.lstrip().startswith("["):
         return _json_list(content, path.name)
     return _json_lines(content, path.name)
+
+
+def _csv(content: str, name: str) -> Iterator[Located]:
+    for number, row in enumerate(csv.DictReader(io.StringIO(content, newline="")), start=1):
+        where = f"{name}, record {number}"
+        if None in row or None in row.values():
+            raise PalimpsestError(f"{where}: it has another number of cells than the first line has columns.")
+        filled = {column: cell for column, cell in row.items() if cell.strip()}
+        if (label := filled.get("label", "")).isdecimal():
+            filled["label"] = int(label)
+        yield where, filled
 
 
 def _json_lines(content: str, name: str) -> Iterator[Located]:

@@ -51,5 +51,10 @@ class Retrain(Method):
             others = ", ".join(entry.method for entry in model.ledger.entries)
             raise PalimpsestError(f"retrain: more than one thing was done to this model ({others}). Name the base.")
         training = self.training or Training(**learned[-1].settings["training"])
-        start = load(source)
+        start = load(source, run=run)
+        if self.base is None and start.digest() != learned[-1].weights_before:
+            raise PalimpsestError(
+                f"retrain: {source}, from which this model started by its ledger, holds other weights now. Name the "
+                "start as base."
+            )
         return Finetune(training=training).apply(start, Roles(train=data.retain), run.replace(in_place=True))

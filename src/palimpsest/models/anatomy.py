@@ -243,9 +243,9 @@ class Anatomy:
                 yield self._part(place, parameters=names, expert=number, fused=fused)
 
 
-def anatomy(network: nn.Module) -> Anatomy:
-    """The anatomy of a network, bare or wrapped by peft."""
-    return Anatomy(network)
+def anatomy(network: Any) -> Anatomy:
+    """The anatomy of a network, bare or wrapped by peft, or of that of a `Model`."""
+    return Anatomy(network if isinstance(network, nn.Module) else network.network)
 
 
 def _own_parameters(module: Any) -> list[str]:

@@ -71,6 +71,7 @@ class DatastoreForCausalLM(PreTrainedModel):
     config: DatastoreConfig
     config_class = DatastoreConfig
     base_model_prefix = ""
+    holds_texts = True
 
     keys: Tensor
     values: Tensor
@@ -108,6 +109,10 @@ class DatastoreForCausalLM(PreTrainedModel):
         network.lists = network.lists if approximate is None else approximate
         network._known = (network._stamp(), rows)
         return network.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made ready for searching: it shares its numbers with the keys, and is soon made again."""
+        return {**self.__dict__, "_known": None}
 
     def adjust(self, *, k: int | None = None, temperature: float | None = None) -> DatastoreForCausalLM:
         """Changes how many neighbours count, or how sharply."""

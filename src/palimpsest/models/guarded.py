@@ -195,8 +195,9 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         prompt_lengths: Tensor | None = None,
+        return_dict: bool | None = None,
         **more: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits; of a guarded row, those after the prompt are charged and normalised log-probabilities."""
         if input_ids is None:
             raise PalimpsestError("a guarded model takes input_ids: the prompt decides how an answer is scored.")
@@ -221,13 +222,14 @@ class GuardedForCausalLM(GuardIndex, GenerationMixin):
         places = places[-logits_to_keep:] if isinstance(logits_to_keep, int) else places[logits_to_keep]
         logits = self._scored(output.logits, input_ids, mask, places.tolist(), prompt_lengths, seen.get("states"))
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **more)
-        return CausalLMOutputWithPast(
+        given = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             cache=getattr(output, "cache", None),
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
+        return given if self.config.return_dict and return_dict is not False else given.to_tuple()
 
     def _scored(
         self,

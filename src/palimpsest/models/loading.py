@@ -63,6 +63,8 @@ def located(name: str | Path) -> Path | str:
 
     Raises what `load` would, as far as that shows without reading weights: before work that needs several models.
     """
+    if not isinstance(name, str | Path):
+        raise PalimpsestError(f"expected the name or folder of a model, found a {type(name).__name__}.")
     path = _embedded() if name == DEFAULT else Path(name).expanduser()
     if path is None:
         return HUB_NAME
@@ -78,6 +80,18 @@ def located(name: str | Path) -> Path | str:
     if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise PalimpsestError(f"the folder {name} does not exist.")
     return str(name)
+
+
+def config_of(name: str | Path) -> Any:
+    """The configuration of the model of that name, of a `.gguf` file None; raises where there is no such model."""
+    from transformers import AutoConfig
+
+    where = located(name)
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        return None
+    _own_kinds()
+    with quiet_transformers(), _one_sentence(str(where)):
+        return AutoConfig.from_pretrained(where)
 
 
 def cache_folder() -> Path:
@@ -121,11 +135,7 @@ def _load_folder(folder: Path, **options: Any) -> Model:
 def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code: bool) -> Model:
     from transformers import AutoConfig
 
-    import palimpsest.models.datastore
-    import palimpsest.models.guarded
-    import palimpsest.models.memory_lm
-    import palimpsest.models.mixture  # noqa: F401  makes their kinds of network known to transformers
-
+    _own_kinds()
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
     with quiet_transformers(), _one_sentence(where):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -141,6 +151,14 @@ def _read(where: str, ledger: Ledger, *, run: Run, kind: Kind, trust_remote_code
         _check_fit(where, type(network).__name__, fit)
         processor = _processor(where, network, trust_remote_code)
     return Model(network.to(run.torch_device()).eval(), processor, ledger)
+
+
+def _own_kinds() -> None:
+    """Makes our kinds of network known to transformers."""
+    import palimpsest.models.datastore
+    import palimpsest.models.guarded
+    import palimpsest.models.memory_lm
+    import palimpsest.models.mixture  # noqa: F401
 
 
 def _loader(config: Any, kind: Kind, where: str) -> Any:

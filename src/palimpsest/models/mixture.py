@@ -207,8 +207,9 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         decoding: bool = False,
+        return_dict: bool | None = None,
         **more: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Combined float32 logits; `decoding` excludes what the rule's filter drops. Hidden states: the first's."""
         if input_ids is None:
             raise PalimpsestError("a mixture takes input_ids: each of its members has embeddings of its own.")
@@ -244,13 +245,14 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             cache = MixtureCache(caches)
         logits = self._combined({name: output.logits for name, output in outputs.items()}, decoding)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **more)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             cache=cache,
             hidden_states=getattr(outputs[wanted[0]], "hidden_states", None),
             attentions=getattr(outputs[wanted[0]], "attentions", None),
         )
+        return output if self.config.return_dict and return_dict is not False else output.to_tuple()
 
     def _combined(self, logits: Mapping[str, Tensor], decoding: bool) -> Tensor:
         if self.rule.alone is not None:
