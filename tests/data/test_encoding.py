@@ -116,3 +116,10 @@ def test_a_tokenizer_without_an_end_mark_is_refused(tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(PalimpsestError, match=r"set tokenizer\.eos_token"):
         Encoder(tokenizer, 64)
+
+
+def test_a_chat_ends_with_what_the_model_says(chat_tokenizer):
+    encoder = Encoder(chat_tokenizer, 64)
+    ended = Record(messages=({"role": "assistant", "content": "Ask me ."}, {"role": "user", "content": "Who is Ada ?"}))
+    with pytest.raises(PalimpsestError, match="record 1 is a chat that ends with the user's words"):
+        encoder.record(ended)

@@ -112,6 +112,10 @@ class Encoder:
         """A chat, its last message scored."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise PalimpsestError("a record holds chat messages, but the tokenizer has no chat template.")
+        if (role := messages[-1]["role"]) in ("user", "system"):
+            raise PalimpsestError(
+                f"record {index + 1} is a chat that ends with the {role}'s words: what the model says must come last."
+            )
         head = tuple(self._chat(list(messages[:-1]), add_generation_prompt=True))
         tail = self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
         return self._fit((*head, *tail, self.eos), len(head), index, end=1)
