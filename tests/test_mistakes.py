@@ -14,6 +14,7 @@ from conftest import build_model
 from memorised import data, quiet, reciting
 from palimpsest.audit import audit
 from palimpsest.errors import PalimpsestError
+from palimpsest.models import loading
 from palimpsest.models.datastore import DatastoreForCausalLM
 from palimpsest.write.knn_lm import KNNLM
 
@@ -200,3 +201,23 @@ def test_a_role_that_is_given_and_not_read_is_said(tmp_path, capsys):
     assert cli.main([str(word) for word in [*words, "--quiet"]]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "gradient-ascent does not read the role train, which --data gives; it reads forget, retain." in said
+
+
+def test_retraining_begins_with_the_embedded_model_where_the_ledger_says_so(monkeypatch):
+    """Its name there is that of the file it was converted from."""
+    start = build_model("llama")
+    start.ledger = dataclasses.replace(start.ledger, source=f"{loading.EMBEDDED[1]} (SHA-256 0123)")
+    learned = pal.create("finetune", training=ONCE).apply(start, pal.Roles(train=KNOWN.train), quiet())
+    loaded = []
+    monkeypatch.setattr(loading, "load", lambda name, run=None: loaded.append(name) or build_model("llama"))
+    pal.create("retrain").apply(learned, KNOWN, quiet())
+    assert loaded == [loading.DEFAULT]
+
+
+def test_a_start_that_is_not_there_is_named_with_its_ledger():
+    start = build_model("llama")
+    start.ledger = dataclasses.replace(start.ledger, source="/gone/base")
+    learned = pal.create("finetune", training=ONCE).apply(start, pal.Roles(train=KNOWN.train), quiet())
+    expected = "retrain: the start that the ledger names, /gone/base, cannot be loaded: .* Name it as base."
+    with pytest.raises(PalimpsestError, match=expected):
+        pal.create("retrain").apply(learned, KNOWN, quiet())

@@ -58,6 +58,18 @@ def load(
     return _load_gguf(where, **options) if where.suffix == ".gguf" else _load_folder(where, **options)
 
 
+def load_start(source: str, by: str, run: Run | None = None) -> Model:
+    """The model that a ledger names as the start of another; `by` is who asks, for the error where it is not there."""
+    name = DEFAULT if source.startswith(f"{EMBEDDED[1]} (") else source
+    try:
+        return load(name, run=run)
+    except PalimpsestError as error:
+        raise PalimpsestError(
+            f"{by}: the start that the ledger names, {source}, cannot be loaded: {str(error).rstrip('.')}. "
+            "Name it as base."
+        ) from error
+
+
 def located(name: str | Path) -> Path | str:
     """Where the model of that name is: a folder or a `.gguf` file, else what it is called on the hub.
 
