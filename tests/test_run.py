@@ -54,7 +54,7 @@ def test_what_cannot_be_computed_with_is_refused():
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(PalimpsestError, match="seed is -1, expected 0 or more"):
+    with pytest.raises(PalimpsestError, match="seed is -1, expected a whole number of 0 or more"):
         Run(seed=-1)
 
 
