@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -49,7 +50,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.folder is not None:
             self.folder = Path(self.folder)
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not isinstance(self.seed, numbers.Integral) or self.seed < 0:
             raise PalimpsestError(f"seed is {self.seed!r}, expected a whole number of 0 or more.")
         if self.precision not in get_args(Precision):
             raise PalimpsestError(
