@@ -52,6 +52,7 @@ class Run:
             self.folder = Path(self.folder)
         if not isinstance(self.seed, numbers.Integral) or self.seed < 0:
             raise PalimpsestError(f"seed is {self.seed!r}, expected a whole number of 0 or more.")
+        self.seed = int(self.seed)  # as JSON knows it
         if self.precision not in get_args(Precision):
             raise PalimpsestError(
                 f"precision is {self.precision!r}. {nearest(str(self.precision), get_args(Precision))}"
