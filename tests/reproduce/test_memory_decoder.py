@@ -133,10 +133,10 @@ def test_the_weights_of_the_best_epoch_are_kept():
 def test_adapters_have_at_most_as_many_weights_as_the_memory():
     base, weights = new_model("L", 0), new_model("S", 0).parameters
     rank = matched_rank(base, weights)
-    sizes = [
-        sum(w.numel() for name, w in adapted.named_parameters() if "lora" in name)
-        for adapted in (_with_adapters(base.copy().network, Training(lora_rank=r)) for r in (rank, rank + 1))
-    ]
+    sizes = []
+    for r in (rank, rank + 1):
+        with _with_adapters(base.copy().network, Training(lora_rank=r)) as adapted:
+            sizes.append(sum(w.numel() for name, w in adapted.named_parameters() if "lora" in name))
     assert sizes[0] <= weights < sizes[1]
 
 

@@ -294,4 +294,4 @@ def _predicted(network: Any, fact: Fact, device: torch.device) -> int:
 def _spread(network: Any, facts: Sequence[Fact], device: torch.device) -> float:
     """Standard deviation of all embedding entries of all subject tokens, as the network reads them (some scale)."""
     ids = torch.tensor([fact.tokens[place] for fact in facts for place in fact.subject], device=device)
-    return float(network.get_input_embeddings()(ids).float().std())
+    return float(network.get_input_embeddings()(ids).detach().float().std())
