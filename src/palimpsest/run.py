@@ -72,8 +72,10 @@ class Run:
 
     def warn(self, text: str) -> None:
         """Says at once, and in the ledger entry, what a user should know before trusting the result."""
-        self.notes.setdefault("warnings", []).append(text)
-        self.tell(text)
+        told = self.notes.setdefault("warnings", [])
+        if text not in told:
+            told.append(text)
+            self.tell(text)
 
     def tell(self, text: str) -> None:
         """Says at once what a user who watches should know; nothing where progress is not shown."""

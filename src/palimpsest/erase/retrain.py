@@ -39,7 +39,7 @@ class Retrain(Method):
 
     def apply(self, model: Model, data: Roles, run: Run) -> Model:
         """The model that never saw the forget set."""
-        from palimpsest.models.loading import load, load_start
+        from palimpsest.models.loading import is_start, load, load_start
 
         learned = [entry for entry in model.ledger.entries if entry.method == "finetune"]
         source = self.base or model.ledger.source
@@ -52,7 +52,7 @@ class Retrain(Method):
             raise PalimpsestError(f"retrain: more than one thing was done to this model ({others}). Name the base.")
         training = self.training or Training(**learned[-1].settings["training"])
         start = load(self.base, run=run) if self.base else load_start(source, "retrain", run)
-        if self.base is None and start.digest() != learned[-1].weights_before:
+        if self.base is None and not is_start(start, learned[-1].weights_before):
             raise PalimpsestError(
                 f"retrain: {source}, from which this model started by its ledger, holds other weights now. Name the "
                 "start as base."

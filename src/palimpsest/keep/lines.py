@@ -115,13 +115,13 @@ def start_of(model: Model, base: str | None, run: Run, by: str) -> Model:
 
     Raises where that is not what stood before the last change: what was done in between would be undone, too.
     """
-    from palimpsest.models.loading import load, load_start
+    from palimpsest.models.loading import is_start, load, load_start
 
     if not (source := base or model.ledger.source):
         raise PalimpsestError(f"{by}: the ledger does not say where this model started. Name the model before as base.")
     found = load(base, run=run) if base else load_start(source, by, run)
     made = model.ledger.made_by
-    if base is None and made is not None and found.digest() != made.weights_before:
+    if base is None and made is not None and not is_start(found, made.weights_before):
         raise PalimpsestError(
             f"{by}: the ledger's start, {source}, is not the model before the last change ({made.method}). Name that "
             "as base, or the start itself to undo all changes since."

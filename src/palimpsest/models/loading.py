@@ -59,15 +59,24 @@ def load(
 
 
 def load_start(source: str, by: str, run: Run | None = None) -> Model:
-    """The model that a ledger names as the start of another; `by` is who asks, for the error where it is not there."""
+    """The model that a ledger names as the start of another, in float32; `by` is who asks, for the error."""
     name = DEFAULT if source.startswith(f"{EMBEDDED[1]} (") else source
     try:
-        return load(name, run=run)
+        return load(name, run=(run or Run()).replace(precision="float32"))
     except PalimpsestError as error:
         raise PalimpsestError(
             f"{by}: the start that the ledger names, {source}, cannot be loaded: {str(error).rstrip('.')}. "
             "Name it as base."
         ) from error
+
+
+def is_start(found: Model, digest: str) -> bool:
+    """Whether float32 weights are those of the digest, as they are or as a run in bfloat16 reads them."""
+    if found.digest() == digest:
+        return True
+    rounded = found.copy()
+    rounded.network.bfloat16()
+    return rounded.digest() == digest
 
 
 def located(name: str | Path) -> Path | str:
