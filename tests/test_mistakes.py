@@ -156,6 +156,13 @@ def test_no_eraser_claims_to_have_reached_a_datastore():
         pal.forget(looking_up(), KNOWN.forget, retain=KNOWN.retain, progress=False, show=False)
 
 
+def test_training_on_beside_a_datastore_says_that_its_keys_are_old():
+    after = pal.create("finetune", training=ONCE).apply(looking_up(), pal.Roles(train=KNOWN.train), quiet())
+    assert any("keys are states of the weights before" in text for text in after.ledger.entries[-1].notes["warnings"])
+    plain = pal.create("finetune", training=ONCE).apply(reciting(), pal.Roles(train=KNOWN.train), quiet())
+    assert "warnings" not in plain.ledger.entries[-1].notes
+
+
 def test_a_model_with_a_datastore_can_be_saved_by_torch(tmp_path):
     model, ids = looking_up(), torch.tensor([[5, 6, 7]])
     expected = model(ids).logits

@@ -97,7 +97,7 @@ def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
     from palimpsest.data.records import check_disjoint
 
     check_kind(facts, slug, model)
-    if facts.verb == "erase" and slug not in KEEPS_WEIGHTS and _looks_up(model):
+    if facts.verb == "erase" and slug not in KEEPS_WEIGHTS and looks_up(model):
         raise PalimpsestError(
             f"{slug}: this model looks up a datastore, which holds its texts in clear and which no eraser of weights "
             "reaches. Erase from the model without it, and build the datastore again without these records "
@@ -112,7 +112,8 @@ def check_inputs(facts: Facts, slug: str, model: Model, data: Roles) -> None:
         check_disjoint(data["forget"], data["retain"], ("forget", "retain"))
 
 
-def _looks_up(model: Model) -> bool:
+def looks_up(model: Model) -> bool:
+    """Whether the model looks up texts that it holds beside its weights."""
     return any(getattr(module, "holds_texts", False) for module in model.network.modules())
 
 

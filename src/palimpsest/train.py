@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from palimpsest.data.packing import packer
 from palimpsest.errors import PalimpsestError
+from palimpsest.guard import looks_up
 from palimpsest.models.loading import quiet_transformers
 from palimpsest.models.model import Model
 from palimpsest.run import Run
@@ -87,7 +88,7 @@ def train(
     and stay as they were.
     """
     optimizer = optimizer or named(training)
-    _check_numbers(model.network, run)
+    _check_weights(model, run)
     if training.warmup_epochs * plan.steps_per_epoch >= len(plan.steps):
         run.warn(
             f"{label}: all {len(plan.steps)} steps are warm-up, which begins at a learning rate of 0 and does not "
@@ -280,9 +281,14 @@ def _diverged(what: str, value: float, step: int, args: TrainingArguments) -> Pa
     )
 
 
-def _check_numbers(network: nn.Module, run: Run) -> None:
-    """Raises where weights are in float16; warns where they are in bfloat16."""
-    kinds = {weight.dtype for weight in network.parameters() if weight.requires_grad}
+def _check_weights(model: Model, run: Run) -> None:
+    """Raises where weights are in float16; warns where they are in bfloat16, or something holds their states."""
+    if looks_up(model):
+        run.warn(
+            "this model looks up a datastore, whose keys are states of the weights before this training. Build it "
+            "again afterwards (palimpsest write knn-lm)."
+        )
+    kinds = {weight.dtype for weight in model.network.parameters() if weight.requires_grad}
     if torch.float16 in kinds:
         raise PalimpsestError(
             "the weights are in float16, in which training breaks a model. Load it in float32 (network.float())."
