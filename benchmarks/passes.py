@@ -1,12 +1,14 @@
 """Statistics passes against one plain forward-backward over the same examples, and against one example at a time.
 
-All run in turn in one process, on the same model and batches; the ratios are what counts. `one by one` is the loop that
-everybody writes: a backward pass an example, squares added up.
+All run in turn in one process, on the same model and batches. A ratio is taken in each round, and the median is what
+counts: a machine that others use too may change its speed between rounds. `one by one` is the loop that everybody
+writes: a backward pass an example, squares added up.
 
     python benchmarks/passes.py vit narrow-vit small-vit convnet lm
 """
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -103,26 +105,29 @@ def compare(name, make, size, rounds, most):
         runs["K-FAC, every layer"] = lambda: kfac_factors(
             model, records, wanted, RUN, batch_size=size, **everywhere, labels="gold"
         )
-    best = dict.fromkeys(runs, float("inf"))
+    taken = {what: [] for what in runs}
     for number in range(rounds + 1):
         for what, act in runs.items():
             start = time.perf_counter()
             act()
             if number:  # the first round warms up
-                best[what] = min(best[what], time.perf_counter() - start)
-    base = best["forward-backward"]
-    print(f"{name}: {model.parameters:,} weights, {len(records)} examples, batch {size}")
-    print(f"  forward-backward {base / len(records) * 1e3:.2f} ms an example")
-    for what, seconds in best.items():
+                taken[what].append(time.perf_counter() - start)
+
+    def ratio(what, to):
+        return statistics.median(a / b for a, b in zip(taken[what], taken[to], strict=True))
+
+    print(f"{name}: {model.parameters:,} weights, {len(records)} examples, batch {size}, {rounds} rounds")
+    print(f"  forward-backward {statistics.median(taken['forward-backward']) / len(records) * 1e3:.2f} ms an example")
+    for what in runs:
         if what != "forward-backward":
-            print(f"  {what}: {seconds / base:.2f} x", flush=True)
-    print(f"  Fisher per example is {best['one by one'] / best['Fisher per example']:.1f} x as fast as one by one")
+            print(f"  {what}: {ratio(what, 'forward-backward'):.2f} x", flush=True)
+    print(f"  Fisher per example is {ratio('one by one', 'Fisher per example'):.1f} x as fast as one by one")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["vit", "narrow-vit", "small-vit", "convnet", "lm"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()

@@ -97,6 +97,19 @@ def test_what_a_network_cannot_classify_is_named(record, told):
         labelled(build_model("vit"), [IMAGES[0], record])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_no_number_is_enough(bad):
+    pixels = PIXELS[0].clone()
+    pixels[1, 2, 3] = bad
+    with pytest.raises(PalimpsestError, match="values that are no numbers"):
+        labelled(build_model("vit"), [Record(image=pixels, label=1)])
+
+
+def test_values_are_finite_however_large_their_sum():
+    (example,) = labelled(build_model("vit"), [Record(image=torch.full((3, 16, 16), 3e38), label=1)])
+    assert float(example.inputs["pixel_values"].min()) == pytest.approx(3e38)
+
+
 def test_images_of_different_sizes_are_refused_where_the_network_takes_any():
     records = [IMAGES[0], Record(image=PIXELS[0, :, :8], label=0)]
     with pytest.raises(PalimpsestError, match=r"image of shape \[3, 8, 16\], the first has \[3, 16, 16\]"):

@@ -289,6 +289,29 @@ def test_an_architecture_for_which_it_does_not_hold_is_measured_one_record_at_a_
         assert norms[weight].shape == (7,)
 
 
+class _Scale(nn.Module):
+    """A weight with a leading 1 that either meets every record by broadcasting, or is taken by its index."""
+
+    def __init__(self, indexed):
+        super().__init__()
+        self.indexed = indexed
+        self.weight = nn.Parameter(torch.full((1, 4), 1.5))
+
+    def forward(self, x):
+        return x * (self.weight[0] if self.indexed else self.weight)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_weight_that_all_records_share_may_be_broadcast_or_not(indexed):
+    model, records = roughened("vit"), some_records("vit")
+    model.network.classifier = nn.Sequential(model.network.classifier, _Scale(indexed))
+    slow = slow_gradients(model, records)
+    dense, _, _, _, run = streamed(model, records, batch_size=3)  # a first batch, and some after it
+    assert "warnings" not in run.notes
+    for weight, expected in slow.items():
+        torch.testing.assert_close(dense[weight], expected, rtol=1e-3, atol=1e-6 * scale(slow))
+
+
 def test_a_layer_that_mixes_the_records_is_noticed(monkeypatch):
     """Were the rows of a batch told apart wrongly, the comparison with single records would show it."""
     right = per_example.reader

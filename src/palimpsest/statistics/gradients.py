@@ -168,10 +168,11 @@ def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]
     blocks, rows, columns = total.shape
     band = min(rows, max(1, CACHE // (blocks * columns)))
     step = max(1, CACHE // (blocks * band * columns))
-    for row in range(0, rows, band):
-        g, into = left[..., row : row + band].mT, total[:, row : row + band]
-        for start in range(0, len(left), step):
-            product = g[start : start + step] @ right[start : start + step]
+    parts = right.split(step)
+    for row, band_of_left in zip(range(0, rows, band), left.mT.split(band, 2), strict=True):
+        into = total.narrow(1, row, band_of_left.shape[2])
+        for g, a in zip(band_of_left.split(step), parts, strict=True):
+            product = g @ a
             if len(product) == 1 and product.dtype == total.dtype:
                 into.addcmul_(product[0], product[0])
             else:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from palimpsest.statistics.layers import reader, widened
 Receive = Callable[[Minibatch, Gradient], None]
 Choose = Callable[[str], bool]
 Losses = Callable[[Minibatch], Float[Tensor, " batch"]]
+Backward = Callable[[Minibatch, Losses], Float[Tensor, " batch"]]
 
 
 def stream_gradients(
@@ -72,10 +74,11 @@ def stream_gradients(
         obstacle = _obstacle(passes, examples)
         if obstacle:
             run.warn(f"{type(network).__name__}: {obstacle} Gradients are taken one record at a time, which is slower.")
-        backward = passes.alone if obstacle else passes.together
-        for group in run.track(examples.groups(1 if obstacle else batch_size), label):
-            batch = examples.batch(group)
-            losses[batch.index] = backward(batch, of, receive).to(losses)
+        groups = examples.groups(1 if obstacle else batch_size)
+        with (passes.alone if obstacle else passes.together)(receive) as backward:
+            for group in run.track(groups, label):
+                batch = examples.batch(group)
+                losses[batch.index] = backward(batch, of).to(losses)
     return losses
 
 
@@ -106,10 +109,12 @@ class _Passes:
                 self.owned[key], self.modules[key] = mine, module
         self.readers = {key: reader(module) for key, module in self.modules.items()}
 
-    def together(self, batch: Minibatch, of: Losses, receive: Receive) -> Float[Tensor, " batch"]:
-        """One forward and backward pass; every weight is handed on as soon as its last use is known."""
+    @contextmanager
+    def together(self, receive: Receive) -> Iterator[Backward]:
+        """One forward and backward pass a batch; every weight is handed on as soon as its last use is known."""
         uses: dict[str, int] = defaultdict(int)
         pieces: dict[str, list[Piece]] = defaultdict(list)
+        batch: Minibatch
 
         def entered(call: Call, output: Any) -> Any:
             for _, name in self.owned[call.key]:
@@ -130,21 +135,32 @@ class _Passes:
                 if not uses[name]:
                     finish(name)
 
-        with frozen(self.network), watch(self.modules, forward=entered, backward=returned):
+        def backward(given: Minibatch, of: Losses) -> Float[Tensor, " batch"]:
+            nonlocal batch
+            batch = given
+            uses.clear()
             losses = _finite(of(batch), batch)
             losses.sum().backward()
-        for name in list(pieces):
-            finish(name)
-        return losses.detach()
+            for name in list(pieces):
+                finish(name)
+            return losses.detach()
 
-    def alone(self, batch: Minibatch, of: Losses, receive: Receive) -> Float[Tensor, " batch"]:
-        """The same for a batch of one, by plain automatic differentiation."""
-        losses = _finite(of(batch), batch)
-        found = torch.autograd.grad(losses.sum(), list(self.weights.values()), allow_unused=True)
-        for (name, weight), gradient in zip(self.weights.items(), found, strict=True):
-            if gradient is not None:
-                receive(batch, Gradient(name, weight.shape, 1, [Dense(widened(gradient)[None])]))
-        return losses.detach()
+        with frozen(self.network), watch(self.modules, forward=entered, backward=returned):
+            yield backward
+
+    @contextmanager
+    def alone(self, receive: Receive) -> Iterator[Backward]:
+        """The same for batches of one, by plain automatic differentiation."""
+
+        def backward(batch: Minibatch, of: Losses) -> Float[Tensor, " batch"]:
+            losses = _finite(of(batch), batch)
+            found = torch.autograd.grad(losses.sum(), list(self.weights.values()), allow_unused=True)
+            for (name, weight), gradient in zip(self.weights.items(), found, strict=True):
+                if gradient is not None:
+                    receive(batch, Gradient(name, weight.shape, 1, [Dense(widened(gradient)[None])]))
+            return losses.detach()
+
+        yield backward
 
 
 def _finite(losses: Float[Tensor, " batch"], batch: Minibatch) -> Float[Tensor, " batch"]:
@@ -181,9 +197,11 @@ def _obstacle(passes: _Passes, examples: Examples) -> str:
         def expect(batch: Minibatch, gradient: Gradient, row: int = row) -> None:
             expected[row, list(weights).index(gradient.name)] = float(gradient.squared_norms().sqrt())
 
-        passes.alone(examples.batch([place]), of, expect)
+        with passes.alone(expect) as backward:
+            backward(examples.batch([place]), of)
     try:
-        passes.together(examples.batch(group), of, note)
+        with passes.together(note) as backward:
+            backward(examples.batch(group), of)
     except (PalimpsestError, RuntimeError) as error:
         obstacle = str(error).strip().splitlines()[0].rstrip(".") + "."
     else:
