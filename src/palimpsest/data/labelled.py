@@ -7,7 +7,6 @@ takes. A text goes through the tokenizer, is cut at the longest context, and pad
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from palimpsest.data.encoding import context_length
 from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
+from palimpsest.finite import is_finite
 from palimpsest.ledger import weights_digest
 from palimpsest.models.model import Model
 
@@ -152,8 +152,7 @@ def _image_reader(model: Model) -> Read:
                 "a tensor or array [channels, height, width] ready for the network."
             )
         pixels = torch.tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
-        # only finite values have a finite sum, which is a quarter of the work; that of large ones may still be infinite
-        if not pixels.is_floating_point() or not (math.isfinite(pixels.sum()) or torch.isfinite(pixels).all()):
+        if not pixels.is_floating_point() or not is_finite(pixels):
             kind = "values that are no numbers" if pixels.is_floating_point() else f"the type {pixels.dtype}"
             raise PalimpsestError(f"{where} has an image of {kind}, expected finite floating-point values.")
         sized = [want is None or want == got for want, got in zip(expected, pixels.shape, strict=False)]

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.errors import PalimpsestError, nearest
+from palimpsest.finite import is_finite
 from palimpsest.models.model import Model
 from palimpsest.run import Run
 from palimpsest.statistics.examples import POSITIONS, Examples, Reduction, cross_entropy, evaluating, squared_logits
@@ -120,7 +121,7 @@ def check_importances(values: Mapping[str, Tensor], network: nn.Module) -> None:
                 f"importances: {name} is {str(value.dtype).removeprefix('torch.')}, expected float32 or float64: "
                 "squared gradients vanish in anything smaller."
             )
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise PalimpsestError(f"importances: {name} has values that are not finite.")
         if (value < 0).any():
             raise PalimpsestError(f"importances: {name} has values below 0.")

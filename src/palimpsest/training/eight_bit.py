@@ -49,7 +49,12 @@ class Quantised:
         code = self.codes.index_select(0, halves.flatten().int() + 2**15)
         return code[: len(flat)].clone(), scale
 
-    def read(self, code: UInt8[Tensor, " numbers"], scale: Float[Tensor, " blocks"], shape: torch.Size) -> Tensor:
+    def read(self, code: UInt8[Tensor, " numbers"], scale: Float[Tensor, " blocks"]) -> Float[Tensor, " numbers"]:
         """The values, within half a level."""
         values = self.levels.index_select(0, F.pad(code, (0, -len(code) % BLOCK)).int()).view(-1, BLOCK)
-        return values.mul_(scale[:, None]).flatten()[: len(code)].view(shape)
+        return values.mul_(scale[:, None]).flatten()[: len(code)]
+
+
+def blocks(part: slice) -> slice:
+    """The blocks of these numbers; a part begins and ends where blocks do, or beyond the last."""
+    return slice(*(None if place is None else place // BLOCK for place in (part.start, part.stop)))

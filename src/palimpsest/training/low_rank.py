@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.errors import PalimpsestError
+from palimpsest.finite import is_finite
 from palimpsest.models.anatomy import anatomy
-from palimpsest.training.eight_bit import LEAST, Quantised
+from palimpsest.training.eight_bit import LEAST, Quantised, blocks
 from palimpsest.training.settings import Training
 
 Side = Literal["right", "left"]
@@ -23,6 +24,9 @@ Moments = Literal["keep", "reset", "reproject"]
 Choice = Literal["std", "reverse_std", "left", "right"]
 MATRICES = (2, 4)
 """Dimensions of the weights that can be projected; fused experts have three."""
+MOMENTS = ("m", "v")
+PIECE = 1 << 17
+"""Numbers that are updated at once: all that is made of them stays in the processor's cache."""
 
 
 def side_of(rows: int, columns: int, choice: Choice = "std") -> Side:
@@ -88,7 +92,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, **own}
         )
         self.state_bits, self.skipped = state_bits, 0
-        self._coders: dict[tuple[bool, torch.device], Quantised] = {}
+        self._coders: dict[tuple[str, torch.device], Quantised] = {}
         for group in self.param_groups:
             for weight in group["params"] if group["rank"] is not None else ():
                 _check_rank(weight, group["rank"])
@@ -129,7 +133,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
         gradient = weight.grad
         assert gradient is not None
-        if not torch.isfinite(gradient).all():
+        if not is_finite(gradient):
             self.skipped += 1
             return
         state = self.state[weight]
@@ -139,20 +143,33 @@ class GaLoreAdamW(torch.optim.Optimizer):
         side = side_of(len(gradient), gradient.shape[-1], group["choice"]) if projected else "right"
         if projected and t % group["gap"] == 0:
             self._refresh(state, gradient, group, side)
-        small = down(gradient, state["basis"], side) if projected else gradient.float()
-        b1, b2 = group["betas"]
-        m = self._moment(state, "m", small, True).mul_(b1).add_(small, alpha=1 - b1)
-        v = self._moment(state, "v", small, False).mul_(b2).addcmul_(small, small, value=1 - b2)
+        normal = self._direction(state, down(gradient, state["basis"], side) if projected else gradient, group)
         state["step"] = t = t + 1
         age = t - state.get("emptied", 0)
-        normal = m / v.sqrt().add_(group["eps"])
+        b1, b2 = group["betas"]
         size = group["lr"] * math.sqrt(1 - b2**age) / (1 - b1**age)
         change = up(normal, state["basis"], side).mul_(group["scale"]) if projected else normal
-        weight.sub_((size * change).to(weight.dtype).view_as(weight))
+        weight.sub_(change.mul_(size).to(weight.dtype).view_as(weight))
         if group["weight_decay"]:
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        self._keep(state, "m", m, True)
-        self._keep(state, "v", v, False)
+
+    def _direction(self, state: dict[str, Any], small: Tensor, group: dict[str, Any]) -> Tensor:
+        """m / (sqrt(v) + eps) in float32, once the moments have taken the gradient up: in pieces, since a large weight
+        would otherwise leave the processor's cache a dozen times."""
+        b1, b2 = group["betas"]
+        for name in MOMENTS:
+            if not (name in state or f"{name}_code" in state):
+                self._keep(state, name, small.new_zeros(small.shape, dtype=torch.float32))
+        flat, found = small.flatten(), small.new_empty(small.numel(), dtype=torch.float32)
+        for start in range(0, len(flat), PIECE):
+            part = slice(start, start + PIECE)
+            g, m, v = flat[part].float(), self._read(state, "m", part), self._read(state, "v", part)
+            m.mul_(b1).add_(g, alpha=1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            torch.div(m, v.sqrt().add_(group["eps"]), out=found[part])
+            self._write(state, "m", part, m)
+            self._write(state, "v", part, v)
+        return found.view(small.shape)
 
     def _refresh(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any], side: Side) -> None:
         """A new projector; what becomes of moments in the old one's coordinates is the setting `moments`."""
@@ -162,7 +179,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if old is None or group["moments"] == "keep":
             return
         small = down(gradient, basis, side)
-        m, v = self._moment(state, "m", small, True), self._moment(state, "v", small, False)
+        m, v = (self._read(state, name, slice(None)).view_as(small) for name in MOMENTS)
         if group["moments"] == "reset":
             state["emptied"] = state["step"]
             m, v = torch.zeros_like(m), torch.zeros_like(v)
@@ -174,31 +191,35 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 m, v = m @ turn, v @ turn.square() + fresh * small.square()
             else:
                 m, v = turn.mT @ m, turn.mT.square() @ v + fresh[:, None] * small.square()
-        self._keep(state, "m", m, True)
-        self._keep(state, "v", v, False)
+        self._keep(state, "m", m)
+        self._keep(state, "v", v)
 
     def _basis(self, gradient: Tensor, group: dict[str, Any], side: Side) -> Float[Tensor, "r k"]:
         return projector(gradient, group["rank"], side, group["exact"])
 
-    def _moment(self, state: dict[str, Any], name: str, like: Tensor, signed: bool) -> Tensor:
-        if name in state:
-            return state[name]
-        if f"{name}_code" in state:
-            coder = self._coder(signed, like.device)
-            return coder.read(state[f"{name}_code"], state[f"{name}_scale"], like.shape)
-        return torch.zeros_like(like, dtype=torch.float32)
-
-    def _keep(self, state: dict[str, Any], name: str, value: Tensor, signed: bool) -> None:
+    def _keep(self, state: dict[str, Any], name: str, value: Tensor) -> None:
+        """Takes a whole moment into the state."""
         if self.state_bits == 32 or value.numel() < LEAST:
             state[name] = value
         else:
-            state[f"{name}_code"], state[f"{name}_scale"] = self._coder(signed, value.device).write(value)
+            state[f"{name}_code"], state[f"{name}_scale"] = self._coder(name, value.device).write(value)
 
-    def _coder(self, signed: bool, device: torch.device) -> Quantised:
-        key = (signed, device)
-        if key not in self._coders:
-            self._coders[key] = Quantised(signed, device)
-        return self._coders[key]
+    def _read(self, state: dict[str, Any], name: str, part: slice) -> Tensor:
+        """A part of a moment, flat: the state itself, or what its codes stand for."""
+        if name in state:
+            return state[name].view(-1)[part]
+        code, scale = state[f"{name}_code"], state[f"{name}_scale"]
+        return self._coder(name, code.device).read(code[part], scale[blocks(part)])
+
+    def _write(self, state: dict[str, Any], name: str, part: slice, value: Tensor) -> None:
+        if name not in state:
+            code, scale = self._coder(name, value.device).write(value)
+            state[f"{name}_code"][part], state[f"{name}_scale"][blocks(part)] = code, scale
+
+    def _coder(self, name: str, device: torch.device) -> Quantised:
+        if (name, device) not in self._coders:
+            self._coders[name, device] = Quantised(name == "m", device)
+        return self._coders[name, device]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved state, in the types that it was saved in; raises where a projector is of another rank."""
