@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from palimpsest.audit.answers import answers
 from palimpsest.data.records import Record, Roles
 from palimpsest.errors import PalimpsestError
+from palimpsest.finite import is_finite
 from palimpsest.guard import kind_of
 from palimpsest.models.anatomy import anatomy
 from palimpsest.models.model import Model
@@ -82,7 +83,7 @@ class TaskVectors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """tau of the weight; raises where it has values that are not finite."""
         found = torch.stack([self.one(name, model) for model in range(len(self.tuned))])
-        if not torch.isfinite(found.sum()):
+        if not is_finite(found):
             raise PalimpsestError(f"{name} has values that are not finite.")
         return found
 
