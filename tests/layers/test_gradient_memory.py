@@ -199,6 +199,22 @@ def test_products_are_exact_where_a_factor_is_zero():
     assert products(torch.full((70,), 0.1))[-1, 0] == 0  # no denormal numbers
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.9, 1.0]), min_size=1, max_size=6))
+def test_products_have_their_gradient_even_where_factors_are_zero(factors):
+    x = torch.tensor([factors, factors[::-1]], dtype=torch.float64, requires_grad=True)
+    time = range(len(factors))
+    rows = [
+        torch.stack([x[:, s + 1 : t + 1].prod(1) if s <= t else torch.zeros_like(x[:, 0]) for s in time], 1)
+        for t in time
+    ]
+    expected, found = torch.stack(rows, 1), products(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = (torch.autograd.grad((y * weights).sum(), x, allow_unused=True)[0] for y in (found, expected))
+    torch.testing.assert_close(*(torch.zeros_like(x) if grad is None else grad for grad in gradients))
+
+
 def test_a_token_that_is_not_real_leaves_no_trace_in_the_state():
     x, memory = drawn(2, 9, [3, 4, 3])
     real = torch.arange(9) < torch.tensor([[4], [9]])

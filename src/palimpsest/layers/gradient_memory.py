@@ -21,8 +21,8 @@ s < r <= t, and B, H those over r <= t,
     M_t = B_t M_0 + f_t S_0 - sum_{i <= t} G[t, i] u_i          G = A E diag(theta),   f = A H
     S_t = H_t S_0 - sum_{i <= t} E[t, i] theta_i u_i
 
-Every u_i is of rank one in each layer, input x error. So a layer that reads inputs a, and wrote the inputs h with the
-errors D, gives  B a W_0 + f a S_0 - ((a h^T) * G) D, and no weights of single tokens are ever made.
+Every u_i is of rank one in each layer, minus input x error. So a layer that reads inputs a, and wrote the inputs h with
+the errors D, gives  B a W_0 + f a S_0 + ((a h^T) * G) D, and no weights of single tokens are ever made.
 
 A token that is not real changes nothing: alpha = 0, eta = 1, theta = 0, and S is not added to M.
 
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from palimpsest.errors import PalimpsestError
+from palimpsest.finite import is_finite
 from palimpsest.layers.gradient_memory_scan import Chunks, Scan, walk
 
 Weights = Sequence[Float[Tensor, "n d e"]]
@@ -122,12 +123,14 @@ def chunk_memory(
     check(x, memory, chunk, clip)
     with torch.autocast(x.q.device.type, enabled=False):
         plan = _planned(x, memory, chunk, real)
-        depth, state = len(memory.weights), (*memory.weights, *plan.begun, *memory.momentum)
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*plan.chunks, *state) if x is not None)
-        y, *after = Scan.apply(keep, plan.until, depth, clip, *plan.chunks, *state)
-        weights, anchor, momentum = (after[depth * i : depth * (i + 1)] for i in range(3))
-        if not all(bool(torch.isfinite(w.detach()).all()) for w in (*weights, *momentum)):
+        depth, tensors = len(memory.weights), (*plan.chunks, *_states(memory), *plan.begun)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        y, *after = Scan.apply(keep, plan.until, depth, clip, *tensors)
+        states, anchor = after[:depth], after[depth:]
+        if not all(is_finite(state.detach()) for state in states):
             raise PalimpsestError(_broken(plan, memory, x, clip))
+        parts = [state.split(w.shape[1], 1) for state, w in zip(states, anchor, strict=True)]
+        weights, momentum = [part[0] for part in parts], [s for part in parts for s in part[1:]]
         return plan.back(y), Memory(weights, momentum, anchor, plan.position)
 
 
@@ -139,10 +142,17 @@ def surprises(
     check(x, memory, chunk, clip)
     plan = _planned(x, memory, chunk, real)
     norms = []
-    for _, _, _, layers in walk(plan.chunks, memory.weights, plan.begun, memory.momentum, clip):
+    for _, _, layers in walk(plan.chunks, _states(memory), plan.begun, clip):
         squares = [layer.h.square().sum(-1) * layer.error.square().sum(-1) for layer in layers]
         norms.append(torch.stack(squares).sum(0).sqrt())
     return plan.back(torch.stack(norms)[..., None])[..., 0]
+
+
+def _states(memory: Memory) -> Weights:
+    """Of every layer the weights, and their momentum below them."""
+    if not memory.momentum:
+        return memory.weights
+    return [torch.cat(pair, 1) for pair in zip(memory.weights, memory.momentum, strict=True)]
 
 
 class _Plan(NamedTuple):
@@ -199,40 +209,55 @@ def chunks_of(x: Inputs, size: int, real: Bool[Tensor, "n t"] | None) -> Chunks:
     def cut(part: Tensor) -> Tensor:
         return part.unflatten(1, (-1, size)).transpose(0, 1)
 
-    theta = x.step
-    keep = torch.ones_like(theta) if x.forget is None else 1 - x.forget
-    eta = x.momentum
+    theta, keep, eta = x.step, torch.ones_like(x.step) if x.forget is None else 1 - x.forget, x.momentum
     if real is not None:
         theta = theta * real
         keep = torch.where(real, keep, 1)
         eta = None if eta is None else torch.where(real, eta, 1)
     q, k, v, theta, keep = map(cut, (x.q, x.k, x.v, theta, keep))
     later = products(keep)
-    kept = keep.cumprod(-1)
+    kept = later[..., 0] * keep[..., :1]
     if real is not None:
         later = later * cut(real)[..., None, :]
     if eta is None:
-        return Chunks(q, k, v, later * theta[..., None, :], kept[..., None], None, None, None)
-    decayed = products(cut(eta))
-    left = small(cut(eta).cumprod(-1))[..., None]
+        mixing = later * theta[..., None, :]
+        return Chunks(q, k, v, mixing, kept[..., None], mixing[..., -1, :, None], kept[..., -1, None, None])
+    eta = cut(eta)
+    decayed = products(eta)
+    left = decayed[..., 0] * eta[..., :1]
     mixing = (later @ decayed) * theta[..., None, :]
-    pushed = (decayed[..., -1, :] * theta)[..., None]
-    return Chunks(q, k, v, mixing, kept[..., None], later @ left, pushed, left[..., -1:, :])
+    carried = (later @ left[..., None])[..., 0]
+    reads = torch.stack([kept, carried], -1)
+    writes = torch.stack([mixing[..., -1, :], decayed[..., -1, :] * theta], -1)
+    below = torch.stack([torch.zeros_like(left[..., -1]), left[..., -1]], -1)
+    return Chunks(q, k, v, mixing, reads, writes, torch.stack([reads[..., -1, :], below], -2))
 
 
 def products(x: Float[Tensor, "*n t"]) -> Float[Tensor, "*n t t"]:
-    """The product of x over s < r <= t at [t, s], zero above the diagonal; exact where some x are 0."""
-    time = x.shape[-1]
-    below = torch.ones(time, time, dtype=torch.bool, device=x.device).tril(-1)
-    return small(torch.where(below, x[..., None], 1).cumprod(-2).tril())
+    """The product of x over s < r <= t at [t, s], zero above the diagonal; exact where some x are 0.
 
-
-def small(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """The tensor with 0 for what is far below the resolution of numbers around 1: denormal numbers are slow.
-
-    The gradient is that of the tensor itself: a factor that is 0 still has one.
+    What is far below the resolution of numbers around 1 is 0 as well: denormal numbers are slow.
     """
-    return x - torch.where(x < torch.finfo(x.dtype).eps ** 2, x, 0).detach()
+    return _Products.apply(x)
+
+
+class _Products(torch.autograd.Function):
+    """With P[t, s] = P[t, r] x_r P[r - 1, s] the gradient needs no quotients, which a factor of 0 would not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time = x.shape[-1]
+        below = torch.ones(time, time, dtype=torch.bool, device=x.device).tril(-1)
+        found = F.threshold(torch.where(below, x[..., None], 1).cumprod(-2).tril_(), torch.finfo(x.dtype).eps ** 2, 0)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (found,) = ctx.saved_tensors
+        before = grad @ found.mT  # at [t, r - 1], what all s < r bring
+        return F.pad((found[..., 1:] * before[..., :-1]).sum(-2), (1, 0))
 
 
 def check(x: Inputs, memory: Memory, chunk: int, clip: float | None = None) -> None:
@@ -267,8 +292,8 @@ def check(x: Inputs, memory: Memory, chunk: int, clip: float | None = None) -> N
 @torch.no_grad()
 def _broken(plan: _Plan, memory: Memory, x: Inputs, clip: float | None) -> str:
     """Says in which chunk the memory stopped being finite."""
-    steps = walk(plan.chunks, memory.weights, plan.begun, memory.momentum, clip)
-    finite = [all(bool(torch.isfinite(w).all()) for w in (*step[1], *step[2])) for step in steps]
+    steps = walk(plan.chunks, _states(memory), plan.begun, clip)
+    finite = [all(is_finite(state) for state in states) for _, states, _ in steps]
     bad = finite.index(False)
     size = plan.chunks.k.shape[2]
     return (
