@@ -234,7 +234,7 @@ def chunks_of(x: Inputs, size: int, real: Bool[Tensor, "n t"] | None) -> Chunks:
 
 
 def products(x: Float[Tensor, "*n t"]) -> Float[Tensor, "*n t t"]:
-    """The product of x over s < r <= t at [t, s], zero above the diagonal; exact where some x are 0.
+    """The product of x, from 0 to 1, over s < r <= t at [t, s], zero above the diagonal; exact where some x are 0.
 
     What is far below the resolution of numbers around 1 is 0 as well: denormal numbers are slow.
     """

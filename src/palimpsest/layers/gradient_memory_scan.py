@@ -165,7 +165,11 @@ def _times(x: Float[Tensor, "n b d"], by: Float[Tensor, "n b m"]) -> Float[Tenso
 
 
 def _turned(turn: Float[Tensor, "n m m"], x: Float[Tensor, "n m*d e"]) -> Float[Tensor, "n m*d e"]:
-    return torch.bmm(turn, x.reshape(*turn.shape[:2], -1)).view_as(x)
+    return torch.bmm(turn, _flat(x, turn)).view_as(x)
+
+
+def _flat(x: Float[Tensor, "n m*d e"], turn: Float[Tensor, "n m m"]) -> Float[Tensor, "n m d*e"]:
+    return x.reshape(*turn.shape[:2], -1)
 
 
 def _squares(h: Float[Tensor, "n b d"], error: Float[Tensor, "n b e"]) -> Float[Tensor, "n b 1"]:
@@ -229,10 +233,6 @@ def _backward(
     if clip is not None and layers[0].scale is not None:
         _clipped(layers, layers[0].scale, d_inputs, d_errors, clip)
     return d_states, _errors(layers, anchor, d_inputs, d_errors, d)
-
-
-def _flat(x: Tensor, turn: Tensor) -> Tensor:
-    return x.reshape(*turn.shape[:2], -1)
 
 
 def _divided(
