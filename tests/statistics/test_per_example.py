@@ -18,7 +18,7 @@ from palimpsest.data.records import Record
 from palimpsest.errors import PalimpsestError
 from palimpsest.models.hooks import no_hooks_left
 from palimpsest.models.model import Model
-from palimpsest.statistics import per_example
+from palimpsest.statistics import passes
 from palimpsest.statistics.examples import Examples, squared_logits
 from palimpsest.statistics.per_example import gradient_norms, mean_gradient, stream_gradients, trainable
 
@@ -301,6 +301,44 @@ class _Scale(nn.Module):
         return x * (self.weight[0] if self.indexed else self.weight)
 
 
+def test_gradients_of_zero_do_not_tell_whether_a_weight_is_broadcast():
+    model, records = roughened("vit"), some_records("vit")
+    gate = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    model.network.classifier = nn.Sequential(model.network.classifier, _Scale(True), gate)
+    for value in (0, 1):
+        gate.weight.data.copy_(value * torch.eye(4))
+        slow = slow_gradients(model, records)
+        dense, *_ = streamed(model, records, batch_size=3)
+        torch.testing.assert_close(dense["classifier.1.weight"], slow["classifier.1.weight"], rtol=1e-3, atol=1e-6)
+
+
+class _Tied(nn.Module):
+    """One weight in a module that is read off by its inputs and in one that is given copies of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.linear = _Scale(False), nn.Linear(4, 1)
+        self.linear.weight = self.scale.weight
+
+    def forward(self, x):
+        return self.scale(x).tanh() + self.linear(x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_that_is_used_twice_has_one_gradient_with_both_its_uses(tied):
+    model, records = roughened("vit"), some_records("vit")
+    scaled = _Scale(False)
+    after = [_Tied()] if tied else [scaled, nn.Tanh(), scaled]
+    model.network.classifier = nn.Sequential(model.network.classifier, *after)
+    slow = slow_gradients(model, records)
+    for _ in range(2):
+        dense, squares, _, _, run = streamed(model, records, batch_size=3)
+        assert "warnings" not in run.notes
+        for weight, expected in slow.items():
+            torch.testing.assert_close(dense[weight], expected, rtol=1e-3, atol=1e-6 * scale(slow))
+            torch.testing.assert_close(squares[weight], expected.square().sum(0), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_weight_that_all_records_share_may_be_broadcast_or_not(indexed):
     model, records = roughened("vit"), some_records("vit")
@@ -312,9 +350,24 @@ def test_a_weight_that_all_records_share_may_be_broadcast_or_not(indexed):
         torch.testing.assert_close(dense[weight], expected, rtol=1e-3, atol=1e-6 * scale(slow))
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("llama", "model.layers.0.input_layernorm"), ("vit", "vit.embeddings"), ("moe", "model.layers.1.mlp.gate")],
+)
+def test_a_module_whose_weights_are_broadcast_runs_once_a_batch(name, path):
+    model, records = roughened(name), some_records(name)
+    streamed(model, records, batch_size=4)  # finds out which do
+    runs = []
+    hook = model.network.get_submodule(path).register_forward_hook(lambda *call: runs.append(1))
+    streamed(model, records, batch_size=4)
+    hook.remove()
+    batches = len(Examples(model, records).groups(4))
+    assert len(runs) == (batches if path != "model.layers.1.mlp.gate" else 2 * batches)
+
+
 def test_a_layer_that_mixes_the_records_is_noticed(monkeypatch):
     """Were the rows of a batch told apart wrongly, the comparison with single records would show it."""
-    right = per_example.reader
+    right = passes.reader
 
     def wrong(module):
         read = right(module)
@@ -326,7 +379,7 @@ def test_a_layer_that_mixes_the_records_is_noticed(monkeypatch):
                 object.__setattr__(piece, "left", piece.left.roll(1, 0))
         return pieces
 
-    monkeypatch.setattr(per_example, "reader", wrong)
+    monkeypatch.setattr(passes, "reader", wrong)
     run = quiet()
     streamed(build_model("llama"), people()[:4], run=run)
     assert "in a batch is not that of single records" in run.notes["warnings"][0]

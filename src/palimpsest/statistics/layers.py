@@ -1,15 +1,14 @@
 """How the gradients of single examples are read off each kind of layer, from what went in and what came back.
 
 Linear layers, embeddings, convolutions and fused experts give the factors of their gradients; normalisations give the
-gradients themselves. Whatever else holds weights (RMS norms, class tokens, routers) is run again by itself: with a copy
-of its weights for each example where it broadcasts them, else vectorised over the examples.
+gradients themselves. Whatever else holds weights runs with a copy of them for each example where they meet the data by
+broadcasting (RMS norms, class tokens, tables of positions); else (routers) it is run again, vectorised over examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -136,46 +135,14 @@ def _experts(call: Call, examples: int) -> dict[str, Piece]:
     return pieces
 
 
-_broadcasts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+def copied(weight: Float[Tensor, "*weight"], examples: int, dimensions: int) -> Float[Tensor, "batch ..."]:
+    """A copy of the weight for each example, in front of data of so many dimensions; they share its memory."""
+    shape = weight.shape[1:] if weight.shape[:1] == (1,) else weight.shape
+    ones = [1] * (dimensions - 1 - len(shape))
+    return weight.detach().view(1, *ones, *shape).expand(examples, *ones, *shape).requires_grad_()
 
 
-def _any(call: Call, examples: int) -> dict[str, Piece]:
-    """Any other module, the cheaper way where that gives the same; which a batch of several examples tells once."""
-    known = _broadcasts.get(call.module)
-    found = None if known is False else _copied(call, examples)
-    if known and found is not None:
-        return {**found}
-    right = _recomputed(call, examples)
-    if known is None and examples > 1 and any(g.values.any() for g in right.values()):
-        _broadcasts[call.module] = found is not None and all(
-            float((found[name].values - g.values).norm()) <= 1e-2 * float(g.values.norm()) for name, g in right.items()
-        )
-    return {**right}
-
-
-def _copied(call: Call, examples: int) -> dict[str, Dense] | None:
-    """A module whose weights meet the data by broadcasting: run again by itself with a copy of them for each example.
-
-    So do RMS norms, class tokens and tables of positions. None where the module cannot take such weights.
-    """
-    weights = {name: weight.detach() for name, weight in call.module.named_parameters(recurse=False)}
-    copies = {}
-    for name, weight in weights.items():
-        shape = weight.shape[1:] if weight.shape[:1] == (1,) else weight.shape
-        ones = [1] * (call.gradient.ndim - 1 - len(shape))
-        copies[name] = weight.view(1, *ones, *shape).expand(examples, *ones, *shape).requires_grad_()
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
-    try:
-        with torch.enable_grad():
-            made = functional_call(call.module, copies, args, kwargs)
-        found = torch.autograd.grad(made, list(copies.values()), call.gradient, materialize_grads=True)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return None
-    pairs = zip(weights.items(), found, strict=True)
-    return {name: Dense(widened(g).reshape(examples, *weight.shape)) for (name, weight), g in pairs}
-
-
-def _recomputed(call: Call, examples: int) -> dict[str, Dense]:
+def recomputed(call: Call, examples: int) -> dict[str, Piece]:
     """Any module: run again by itself with the examples as a vectorised dimension."""
     module = call.module
     weights = {name: weight.detach() for name, weight in module.named_parameters(recurse=False)}
@@ -238,4 +205,4 @@ def reader(module: nn.Module) -> Callable[[Call, int], dict[str, Piece]]:
         return _normalisation
     if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and not known.has_post_expert_norm:
         return _experts
-    return _any
+    return recomputed
