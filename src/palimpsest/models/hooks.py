@@ -138,11 +138,15 @@ def watch(
 
 def _follow(call: Call, output: Any, receive: Backward) -> Any:
     """The output, whose gradients will have the call handed on."""
-    leaves, form = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
-    several = sum(map(_floating, leaves)) > 1
-    # one output of a module may be made from another: what comes back at a view is from outside the module alone
-    leaves = [x.view_as(x) if several and _floating(x) else x for x in leaves]
-    results = [x for x in leaves if _floating(x)]
+    if isinstance(output, Tensor):
+        results = [output] if output.is_floating_point() else []
+    else:
+        leaves, form = pytree.tree_flatten(output)
+        if sum(map(_floating, leaves)) > 1:
+            # one of them may be made from another: what comes back at a view is from outside the module alone
+            leaves = [x.view_as(x) if _floating(x) else x for x in leaves]
+            output = pytree.tree_unflatten(leaves, form)
+        results = [x for x in leaves if _floating(x)]
     for result in results:
         if not result.requires_grad:
             result.requires_grad_()
@@ -163,7 +167,7 @@ def _follow(call: Call, output: Any, receive: Backward) -> Any:
         results[0].register_hook(lambda gradient: arrived((gradient,)))
     elif results:
         register_multi_grad_hook(results, arrived)
-    return pytree.tree_unflatten(leaves, form) if several and form is not None else output
+    return output
 
 
 def _floating(x: Any) -> bool:

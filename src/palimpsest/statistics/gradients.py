@@ -72,13 +72,15 @@ class Gradient:
 
     def __init__(self, name: str, shape: torch.Size, examples: int, pieces: Sequence[Piece]) -> None:
         self.name, self.shape, self.examples = name, shape, examples
-        self.outer = _joined(Outer, pieces, ("left", "right"), axis=2)
-        self.rows = _joined(Rows, pieces, ("tokens", "right"), axis=1)
-        self.routed = _joined(Routed, pieces, ("left", "right", "example", "block"), axis=0)
-        given = [piece.values for piece in pieces if isinstance(piece, Dense)]
-        self._dense = sum(given[1:], given[0]) if given else None
-        kinds = [piece is not None for piece in (self.outer, self.rows, self.routed, self._dense)]
-        if sum(kinds) > 1 and (self.routed is not None or self._dense is not None):
+        by_kind: dict[type, list[Any]] = {}
+        for piece in pieces:
+            by_kind.setdefault(type(piece), []).append(piece)
+        self.outer: Outer | None = _joined(by_kind.get(Outer), axis=2)
+        self.rows: Rows | None = _joined(by_kind.get(Rows), axis=1)
+        self.routed: Routed | None = _joined(by_kind.get(Routed), axis=0)
+        given = by_kind.get(Dense)
+        self._dense = sum((piece.values for piece in given[1:]), given[0].values) if given else None
+        if len(by_kind) > 1 and (self.routed is not None or self._dense is not None):
             self._dense = self.dense()
             self.outer = self.rows = self.routed = None
 
@@ -151,12 +153,12 @@ class Gradient:
         return like.new_zeros(size)
 
 
-def _joined(kind: Any, pieces: Sequence[Piece], names: Sequence[str], axis: int) -> Any:
+def _joined(uses: Sequence[Any] | None, axis: int) -> Any:
     """Several uses of a weight as one: their positions side by side."""
-    found = [piece for piece in pieces if isinstance(piece, kind)]
-    if len(found) < 2:
-        return found[0] if found else None
-    return kind(**{name: torch.cat([getattr(piece, name) for piece in found], axis) for name in names})
+    if not uses or len(uses) == 1:
+        return uses[0] if uses else None
+    names = [field.name for field in dataclasses.fields(uses[0])]
+    return type(uses[0])(**{name: torch.cat([getattr(use, name) for use in uses], axis) for name in names})
 
 
 def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]) -> None:
