@@ -67,7 +67,7 @@ class Minibatch:
     packed: Packed | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.index.shape[0]
 
     @property
     def width(self) -> int | None:

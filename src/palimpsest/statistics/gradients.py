@@ -175,7 +175,7 @@ def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]
         into = total.narrow(1, row, band_of_left.shape[2])
         for g, a in zip(band_of_left.split(step), parts, strict=True):
             product = g @ a
-            if len(product) == 1 and product.dtype == total.dtype:
+            if product.shape[0] == 1 and product.dtype == total.dtype:
                 into.addcmul_(product[0], product[0])
             else:
                 into.add_(product.square_().sum(0).to(total.dtype))
