@@ -168,17 +168,18 @@ def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]
         total.add_((g.permute(1, 2, 0) @ a.transpose(0, 1)).to(total.dtype))
         return
     blocks, rows, columns = total.shape
-    band = min(rows, max(1, CACHE // (blocks * columns)))
-    step = max(1, CACHE // (blocks * band * columns))
-    parts = right.split(step)
-    for row, band_of_left in zip(range(0, rows, band), left.mT.split(band, 2), strict=True):
-        into = total.narrow(1, row, band_of_left.shape[2])
-        for g, a in zip(band_of_left.split(step), parts, strict=True):
-            product = g @ a
-            if product.shape[0] == 1 and product.dtype == total.dtype:
-                into.addcmul_(product[0], product[0])
-            else:
-                into.add_(product.square_().sum(0).to(total.dtype))
+    if 2 * total.numel() <= CACHE:  # several examples at once, flat, so that nothing is to be broadcast
+        step = CACHE // total.numel() * blocks
+        for g, a in zip(left.flatten(0, 1).split(step), right.flatten(0, 1).split(step), strict=True):
+            product = torch.bmm(g.mT, a).square_()
+            total.add_(product.view(-1, blocks, rows, columns).sum(0))
+        return
+    band = max(1, CACHE // (blocks * columns))
+    for start in range(0, rows, band):
+        into = total[:, start : start + band]
+        for g, a in zip(left[..., start : start + band].mT, right, strict=True):
+            product = torch.bmm(g, a)
+            into.addcmul_(product, product)
 
 
 def _outer_norms(
