@@ -4,7 +4,7 @@ All run in turn in one process, on the same model and batches. A ratio is taken 
 counts: a machine that others use too may change its speed between rounds. `one by one` is the loop that everybody
 writes: a backward pass an example, squares added up.
 
-    python benchmarks/passes.py vit narrow-vit small-vit convnet lm
+    python benchmarks/passes.py vit narrow-vit small-vit convnet lm short-lm
 """
 
 import argparse
@@ -69,6 +69,12 @@ def lm():
     return pal.load(), records, {"layers": [21, 22, 23], "wanted": ["mlp_gate", "mlp_up"]}
 
 
+def short_lm():
+    """The embedded language model on the first three words of 32 questions: 4 to 6 tokens or so."""
+    records = people(8, seed=0, facts_per_person=4)[:32]
+    return pal.load(), [Record(text=" ".join(record.prompt.split()[:3])) for record in records], None
+
+
 def plain(model, examples, size):
     for group in examples.groups(size):
         examples.batch(group).losses(model.network).sum().backward()
@@ -126,12 +132,19 @@ def compare(name, make, size, rounds, most):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["vit", "narrow-vit", "small-vit", "convnet", "lm"])
+    parser.add_argument("models", nargs="*", default=["vit", "narrow-vit", "small-vit", "convnet", "lm", "short-lm"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()
-    makers = {"vit": vit, "narrow-vit": narrow_vit, "small-vit": small_vit, "convnet": convnet, "lm": lm}
+    makers = {
+        "vit": vit,
+        "narrow-vit": narrow_vit,
+        "small-vit": small_vit,
+        "convnet": convnet,
+        "lm": lm,
+        "short-lm": short_lm,
+    }
     for name in arguments.models:
         compare(name, makers[name], arguments.batch, arguments.rounds, arguments.examples)
 

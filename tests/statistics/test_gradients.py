@@ -65,7 +65,7 @@ def check(pieces, n, shape):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=SIZES, blocks=SIZES, positions=st.integers(1, 9), rows=SIZES, columns=SIZES, cache=st.sampled_from([1, 7, 1000])
+    n=SIZES, blocks=SIZES, positions=st.integers(1, 14), rows=SIZES, columns=SIZES, cache=st.sampled_from([1, 7, 1000])
 )
 def test_outer_products(n, blocks, positions, rows, columns, cache):
     before, gradients.CACHE = gradients.CACHE, cache
@@ -92,6 +92,22 @@ def test_routed_outer_products(n, slots, experts, rows, columns, cache):
         check([routed(n, slots, experts, rows, columns)], n, (experts, rows, columns))
     finally:
         gradients.CACHE = before
+
+
+@pytest.mark.parametrize("cache", [1000, gradients.CACHE])
+@pytest.mark.parametrize("positions", [1, 2, gradients.FEW, gradients.FEW + 1])
+def test_squares_in_float32_are_those_of_float64_and_not_below_zero(positions, cache, monkeypatch):
+    monkeypatch.setattr(gradients, "CACHE", cache)  # the weight is large, or small
+    exact = outer(6, 2, positions, 40, 50)
+    if positions > 1:  # the first two gradients of each example cancel, and nothing but rounding is left of them
+        exact.left[:, :, 1], exact.right[:, :, 1] = -exact.left[:, :, 0], exact.right[:, :, 0]
+    made = []
+    for dtype in (torch.float64, torch.float32):
+        piece, squares = Outer(exact.left.to(dtype), exact.right.to(dtype)), torch.zeros(80, 50, dtype=dtype)
+        Gradient("w", torch.Size((80, 50)), 6, [piece]).add_squares(squares)
+        assert squares.min() >= 0
+        made.append(squares.double())
+    torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_with_uses_of_different_kinds():

@@ -7,7 +7,8 @@ norm or a projection of it, and to add up squares it is formed in pieces that fi
     g_t     left   [batch, blocks, positions, rows]     gradient of the example's loss at the weight's output
     G_e = sum_t g_t a_t^T                               the gradient of one block of the weight, for one example
 
-    sum_e G_e^2                            squares over examples; (g^2)^T a^2 where there is one position
+    sum_e G_e^2                            squares over examples, of gradients that are formed; or, at few positions,
+      = sum_e sum_ts (g_t g_s)^T (a_t a_s)   as one product over all pairs of positions of all examples
     |G_e|^2 = sum_ts (g_t.g_s)(a_t.a_s)    or formed outright, whichever takes fewer multiplications
 
 An embedding is a linear layer whose inputs are one-hot; a grouped convolution has a block a group; a mixture of experts
@@ -29,6 +30,8 @@ from torch import Tensor
 
 CACHE = 1 << 18
 """Numbers of a product that are formed at once: what the processor's cache holds."""
+FEW = 8
+"""Positions up to which all their pairs are multiplied sooner than gradients of a large weight are formed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,23 +166,36 @@ def _joined(uses: Sequence[Any] | None, axis: int) -> Any:
 
 def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]) -> None:
     left, right = outer.left, outer.right
-    if left.shape[2] == 1:
-        g, a = left[:, :, 0].square(), right[:, :, 0].square()
-        total.add_((g.permute(1, 2, 0) @ a.transpose(0, 1)).to(total.dtype))
-        return
     blocks, rows, columns = total.shape
-    if 2 * total.numel() <= CACHE:  # several examples at once, flat, so that nothing is to be broadcast
+    positions, small = left.shape[2], 2 * total.numel() <= CACHE
+    few = positions == 1 or (positions <= FEW and not small)
+    if small and not few:  # several examples at once, flat, so that nothing is to be broadcast
         step = CACHE // total.numel() * blocks
         for g, a in zip(left.flatten(0, 1).split(step), right.flatten(0, 1).split(step), strict=True):
             product = torch.bmm(g.mT, a).square_()
             total.add_(product.view(-1, blocks, rows, columns).sum(0))
         return
+    pairs = _pairs(right, twice=True) if few else right
     band = max(1, CACHE // (blocks * columns))
     for start in range(0, rows, band):
-        into = total[:, start : start + band]
-        for g, a in zip(left[..., start : start + band].mT, right, strict=True):
+        into, part = total[:, start : start + band], left[..., start : start + band]
+        if few:  # a sum of squares is not below 0, but rounding may be where terms cancel
+            into.add_((_pairs(part).mT @ pairs).clamp_min_(0))
+            continue
+        for g, a in zip(part.mT, right, strict=True):
             product = torch.bmm(g, a)
             into.addcmul_(product, product)
+
+
+def _pairs(
+    x: Float[Tensor, "batch blocks positions features"], twice: bool = False
+) -> Float[Tensor, "blocks batch*pairs features"]:
+    """The products of all pairs of positions, each pair once; those of two different ones doubled where asked."""
+    s, t = torch.tril_indices(x.shape[2], x.shape[2], device=x.device)
+    made = x[:, :, s] * x[:, :, t]
+    if twice:
+        made[:, :, s != t] *= 2
+    return made.transpose(0, 1).flatten(1, 2)
 
 
 def _outer_norms(
