@@ -70,7 +70,7 @@ def lm():
 
 
 def short_lm():
-    """The embedded language model on the first three words of 32 questions: 4 to 6 tokens or so."""
+    """The embedded language model on the first three words of 32 questions: 3 to 6 tokens."""
     records = people(8, seed=0, facts_per_person=4)[:32]
     return pal.load(), [Record(text=" ".join(record.prompt.split()[:3])) for record in records], None
 

@@ -94,6 +94,20 @@ def test_routed_outer_products(n, slots, experts, rows, columns, cache):
         gradients.CACHE = before
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", [1, 6, gradients.FEW + 1, 4 * gradients.FEW + 1])
+def test_positions_without_a_gradient_add_nothing(positions, side, monkeypatch):
+    monkeypatch.setattr(gradients, "CACHE", 1)  # the weight is large
+    piece = outer(5, 2, positions, 4, 3)
+    values = getattr(piece, side)
+    values[0] = 0
+    values[1, :, 1:] = 0
+    values[2, 0] = 0  # in one block only
+    values[3] = -values[3].abs()
+    values[3, ..., 0] = 0
+    check([piece], 5, (8, 3))
+
+
 @pytest.mark.parametrize("cache", [1000, gradients.CACHE])
 @pytest.mark.parametrize("positions", [1, 2, gradients.FEW, gradients.FEW + 1])
 def test_squares_in_float32_are_those_of_float64_and_not_below_zero(positions, cache, monkeypatch):

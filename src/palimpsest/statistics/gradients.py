@@ -8,7 +8,7 @@ norm or a projection of it, and to add up squares it is formed in pieces that fi
     G_e = sum_t g_t a_t^T                               the gradient of one block of the weight, for one example
 
     sum_e G_e^2                            squares over examples, of gradients that are formed; or, at few positions,
-      = sum_e sum_ts (g_t g_s)^T (a_t a_s)   as one product over all pairs of positions of all examples
+      = sum_e sum_ts (g_t g_s)^T (a_t a_s)   as one product over all pairs of positions that have a gradient
     |G_e|^2 = sum_ts (g_t.g_s)(a_t.a_s)    or formed outright, whichever takes fewer multiplications
 
 An embedding is a linear layer whose inputs are one-hot; a grouped convolution has a block a group; a mixture of experts
@@ -25,13 +25,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CACHE = 1 << 18
 """Numbers of a product that are formed at once: what the processor's cache holds."""
 FEW = 8
-"""Positions up to which all their pairs are multiplied sooner than gradients of a large weight are formed."""
+"""Positions of an example up to which all pairs are multiplied sooner than the gradient of a large weight is formed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,35 +167,53 @@ def _joined(uses: Sequence[Any] | None, axis: int) -> Any:
 def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]) -> None:
     left, right = outer.left, outer.right
     blocks, rows, columns = total.shape
-    positions, small = left.shape[2], 2 * total.numel() <= CACHE
-    few = positions == 1 or (positions <= FEW and not small)
-    if small and not few:  # several examples at once, flat, so that nothing is to be broadcast
-        step = CACHE // total.numel() * blocks
-        for g, a in zip(left.flatten(0, 1).split(step), right.flatten(0, 1).split(step), strict=True):
+    positions, fit = left.shape[2], CACHE // total.numel()
+    if positions == 1 or (positions <= 4 * FEW and fit < 8):  # some may be padding
+        pairs = _pairs(outer)
+        if len(pairs[0]) <= len(left) * FEW * (FEW + 1) / 2:
+            _add_squares_by_pairs(outer, *pairs, total)
+            return
+    if fit > 1:  # several examples at once, flat, so that nothing is to be broadcast
+        for g, a in zip(left.flatten(0, 1).split(fit * blocks), right.flatten(0, 1).split(fit * blocks), strict=True):
             product = torch.bmm(g.mT, a).square_()
             total.add_(product.view(-1, blocks, rows, columns).sum(0))
         return
-    pairs = _pairs(right, twice=True) if few else right
     band = max(1, CACHE // (blocks * columns))
-    for start in range(0, rows, band):
-        into, part = total[:, start : start + band], left[..., start : start + band]
-        if few:  # a sum of squares is not below 0, but rounding may be where terms cancel
-            into.add_((_pairs(part).mT @ pairs).clamp_min_(0))
-            continue
+    for into, part in zip(total.split(band, 1), left.split(band, 3), strict=True):
         for g, a in zip(part.mT, right, strict=True):
             product = torch.bmm(g, a)
             into.addcmul_(product, product)
 
 
-def _pairs(
-    x: Float[Tensor, "batch blocks positions features"], twice: bool = False
-) -> Float[Tensor, "blocks batch*pairs features"]:
-    """The products of all pairs of positions, each pair once; those of two different ones doubled where asked."""
-    s, t = torch.tril_indices(x.shape[2], x.shape[2], device=x.device)
-    made = x[:, :, s] * x[:, :, t]
-    if twice:
-        made[:, :, s != t] *= 2
-    return made.transpose(0, 1).flatten(1, 2)
+def _pairs(outer: Outer) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """The pairs of positions of one example, each pair once, as places among the positions of all examples."""
+    # padding has no gradient, nor has the last token of an example in a language model
+    live = _any(outer.left) & _any(outer.right)
+    place = torch.arange(live.numel(), device=live.device).view_as(live)
+    example, s, t = (live[:, :, None] & live[:, None, :]).tril_().nonzero().unbind(1)
+    return place[example, s], place[example, t]
+
+
+def _any(x: Float[Tensor, "batch blocks positions features"]) -> Bool[Tensor, "batch positions"]:
+    """Which positions have a number that is not zero; `Tensor.any` takes five times as long."""
+    return ((x.amax(3) != 0) | (x.amin(3) != 0)).any(1)
+
+
+def _add_squares_by_pairs(
+    outer: Outer,
+    first: Int[Tensor, " pairs"],
+    second: Int[Tensor, " pairs"],
+    total: Float[Tensor, "blocks rows columns"],
+) -> None:
+    def products(x: Float[Tensor, "batch blocks positions features"]) -> Float[Tensor, "blocks pairs features"]:
+        x = x.transpose(0, 1).flatten(1, 2)
+        return x.index_select(1, first).mul_(x.index_select(1, second))
+
+    right = products(outer.right).mul_(torch.where(first == second, 1, 2)[:, None])
+    band = max(1, CACHE // total[:, 0].numel())
+    for into, left in zip(total.split(band, 1), outer.left.split(band, 3), strict=True):
+        # a sum of squares is not below 0, but rounding may be where terms cancel
+        into.add_((products(left).mT @ right).clamp_min_(0))
 
 
 def _outer_norms(
