@@ -168,7 +168,7 @@ def _add_outer_squares(outer: Outer, total: Float[Tensor, "blocks rows columns"]
     left, right = outer.left, outer.right
     blocks, rows, columns = total.shape
     positions, fit = left.shape[2], CACHE // total.numel()
-    if positions == 1 or (positions <= 4 * FEW and fit < 8):  # some may be padding
+    if positions == 1 or (positions <= 4 * FEW and fit < 8):  # a large weight; some positions may be padding
         pairs = _pairs(outer)
         if len(pairs[0]) <= len(left) * FEW * (FEW + 1) / 2:
             _add_squares_by_pairs(outer, *pairs, total)
